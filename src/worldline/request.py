@@ -153,6 +153,8 @@ class Options(BaseModel):
 def help_of(field: FieldInfo, default: Any) -> str:
     """Help text, the default last in brackets."""
     text = field.description or ""
+    if field.is_required():
+        return f"{text}  [required]"
     stated = "[default:" in text and default == field.default
     if stated or default is False or default in (None, (), "", NEGATIVE_PROMPT):
         return text

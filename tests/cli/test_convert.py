@@ -67,9 +67,8 @@ def refused(run: Run, *words: object, status: int = 2) -> str:
     """The one line with which a command refuses."""
     result = run("checkpoints", *words)
     assert result.exit_code == status, result.stderr
-    lines = [line for line in result.stderr.splitlines() if "reading" not in line]
-    assert len(lines) == 1, lines
-    return lines[0]
+    [line] = [line for line in result.stderr.splitlines() if "reading" not in line]
+    return line
 
 
 # --- shard and merge
@@ -150,7 +149,8 @@ def test_parts_that_do_not_fit(run: Run, tmp_path: Path) -> None:
     save(tensors_of(SIXFOLD), path)
     line = refused(run, "shard", "-c", path, "-t", 4)
     assert "1, 2, 3, 6" in line
-    assert refused(run, "shard", "-c", tmp_path, "-t", 2).startswith("worldline: --checkpoint_path")
+    for absent in (tmp_path, tmp_path / "absent.pt"):
+        assert f"--checkpoint_path {absent}" in refused(run, "shard", "-c", absent, "-t", 2)
     assert "missing" in refused(run, "shard", "-t", 2)
     assert "llama" in refused(run, "shard", "-c", path, "-t", 2, "-f", "llama")
     assert "jax" in refused(run, "shard", "-c", path, "-t", 2, "-b", "jax")
@@ -161,6 +161,9 @@ def test_parts_that_do_not_fit(run: Run, tmp_path: Path) -> None:
     assert "model_model_mp_2.pt" in refused(run, *merge, 2)  # would be two thirds of a model
     assert "input" in refused(run, *merge[:3], "-o", tmp_path / "model_model_mp_1.pt", "-t", 3)
     assert "merged.txt" in refused(run, *merge[:3], "-o", tmp_path / "merged.txt", "-t", 3)
+    assert "checkpoints merge" in refused(
+        run, "shard", "-c", tmp_path / "model_model_mp_0.pt", "-t", 2
+    )
     wider = tmp_path / "wider.pt"
     save(tensors_of(replace(SIXFOLD, width=96)), wider)
     run("checkpoints", "shard", "-c", wider, "-t", 3)
@@ -343,4 +346,6 @@ def test_replacing(run: Run, tmp_path: Path) -> None:
         assert run(*words, form).exit_code == 0
     assert "model.safetensors" in run(*words, "safetensors").stderr
     assert "model.safetensors" in refused(run, *words[1:], "safetensors", "--no_overwrite")
-    assert "files in it" in refused(run, *words[1:], "dcp")
+    assert "folder" in refused(run, *words[1:], "dcp")
+    (target / "a.pt").mkdir()
+    assert "folder" in refused(run, *words[1:3], target / "a.pt")

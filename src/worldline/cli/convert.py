@@ -118,17 +118,18 @@ def shard(context: click.Context, /, **_: object) -> None:
 
     flags = parsed(context, ShardFlags)
     path, count = Path(flags.checkpoint_path), flags.tensor_parallel_size
-    if path.is_dir():
-        raise InputError(f"--checkpoint_path {path}: it is a folder; give the file of a model")
+    if not path.is_file():
+        raise InputError(f"--checkpoint_path {path}: there is no such file; give one of a model")
     network, model = network_of(open_weights(path), path)
     check_size(network, model, flags.model_size)
     config = network.config
-    if network.shards is None or config.divisor % count:
-        most = getattr(config, "divisor", 1)
-        possible = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+    if network.shards is None:
+        raise InputError(f"{path}: no tensor-parallel processes share such a model")
+    if config.divisor % count:
+        possible = [str(n) for n in range(1, config.divisor + 1) if config.divisor % n == 0]
         raise InputError(
             f"--tensor_parallel_size {count}: {path} cannot be cut into {count} equal parts; give "
-            f"{possible}"
+            f"{', '.join(possible)}"
         )
     whole = network.by_names(network.keys)
     own = {name: entry for name, entry in whole.entries.items() if network.keys.ours(name)}
@@ -139,7 +140,7 @@ def shard(context: click.Context, /, **_: object) -> None:
         if flags.target_backend != "pytorch":
             entries = to_engine(part.entries, lambda name, pair: ShardedTensor(name, pair, 0))
             part = replace(part, entries=entries)
-        outputs[path.with_name(f"{path.stem}_model_mp_{rank}.pt")] = part
+        outputs[part_of(path, rank)] = part
     write(outputs, flags.no_overwrite)
 
 
@@ -151,15 +152,14 @@ def merge(context: click.Context, /, **_: object) -> None:
     The parts of …/iter_000001000.pt, which need not exist itself, are iter_000001000_model_mp_0.pt
     and so on beside it.
     """
-    from worldline.weights.checkpoint import SHARD, open_shards
+    from worldline.weights.checkpoint import open_shards
 
     flags = parsed(context, MergeFlags)
     path, count = Path(flags.checkpoint_path), flags.tensor_parallel_size
     target = Path(flags.output_path)
     if target.suffix not in (*_SUFFIXES["nvidia"], *_SUFFIXES["safetensors"]):
         raise InputError(f"--output_path {target}: give a file .pt or .safetensors")
-    stem = part["stem"] if (part := SHARD.fullmatch(path.name)) else path.stem
-    paths = [path.with_name(f"{stem}_model_mp_{rank}.pt") for rank in range(count + 1)]
+    paths = [part_of(path, rank) for rank in range(count + 1)]
     if missing := [each.name for each in paths[:-1] if not each.is_file()]:
         raise CheckpointError(
             f"{path.parent} lacks {len(missing)} of {count} parts: {', '.join(missing[:4])}"
@@ -221,6 +221,14 @@ def convert(context: click.Context, /, **_: object) -> None:
     outputs = {file: cast(network.by_names(keys), dtype)}
     others = beside(file.parent, network, around if keys != network.keys else None)
     write(outputs | others, flags.no_overwrite)
+
+
+def part_of(path: Path, rank: int) -> Path:
+    """File of a tensor-parallel process, by that of the whole model or of another process."""
+    from worldline.weights.checkpoint import SHARD
+
+    stem = part["stem"] if (part := SHARD.fullmatch(path.name)) else path.stem
+    return path.with_name(f"{stem}_model_mp_{rank}.pt")
 
 
 def find_model(folder: Path) -> list[Path]:
@@ -347,11 +355,12 @@ def write(outputs: Outputs, no_overwrite: bool) -> None:
     from tqdm import tqdm
 
     from worldline.weights.checkpoint import Checkpoint
-    from worldline.weights.write import write_files
+    from worldline.weights.write import check_outputs, write_files
 
     replaced = existing(outputs, no_overwrite)
     tensors = {path: each for path, each in outputs.items() if isinstance(each, Checkpoint)}
     sizes = {p: sum(t.nbytes for t in each.tensors.values()) for p, each in tensors.items()}
+    check_outputs(outputs)
     for source in dict.fromkeys(map(str, tensors.values())):
         logger.info("reading %s", source)
     tqdm.monitor_interval = 0  # no thread that watches bars

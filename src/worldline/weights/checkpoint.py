@@ -646,7 +646,7 @@ def find_shards(folder: Path, stem: str = "*") -> list[Path]:
         if missing := [f"{name}_model_mp_{n}.pt" for n in range(count) if n not in ranks]:
             raise CheckpointError(
                 f"{folder} has {len(ranks)} of {count} tensor-parallel shards; "
-                f"missing: {', '.join(missing)}"
+                f"missing: {', '.join(missing)}; `worldline checkpoints merge` joins another number"
             )
         return [ranks[rank] for rank in range(count)]
     return []

@@ -84,24 +84,10 @@ def write_files(
         report: is called with the bytes that were written.
 
     Raises:
-        InputError: an output is an input or cannot be written, or the disk has too little room.
+        InputError: as `check_outputs`.
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
     """
-    tensors = {path: each for path, each in outputs.items() if isinstance(each, Checkpoint)}
-    inputs = {file.resolve() for checkpoint in tensors.values() for file in checkpoint.files}
-    for path in outputs:
-        if path.resolve() in inputs:
-            raise InputError(f"{path}: the output is an input; name another one")
-        if path.is_dir() and any(path.iterdir()):
-            raise InputError(f"{path}: it is a folder with files in it; name another output")
-        check_folder(path.parent)
-    nbytes = sum(t.nbytes + _ROOM // 1024 for c in tensors.values() for t in c.tensors.values())
-    folder = next(path for path in next(iter(outputs)).absolute().parents if path.exists())
-    if nbytes + _ROOM > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"{folder} has room for {readable_size(free)}, {readable_size(nbytes)} are to be "
-            "written; choose another folder"
-        )
+    check_outputs(outputs)
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_all([*outputs]) as temporaries:
@@ -114,6 +100,26 @@ def write_files(
                 _write_safetensors(content, temporary, report)
             else:
                 _write_distributed(content, temporary, report)
+
+
+def check_outputs(outputs: Mapping[Path, Checkpoint | bytes]) -> None:
+    """Refuse outputs that are inputs or cannot be written, or too little room (InputError)."""
+    tensors = {path: each for path, each in outputs.items() if isinstance(each, Checkpoint)}
+    inputs = {file.resolve() for checkpoint in tensors.values() for file in checkpoint.files}
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise InputError(f"{path}: the output is an input; choose another")
+        is_file = path.suffix in (*PICKLED, ".safetensors")
+        if path.is_dir() and (is_file or any(path.iterdir())):
+            raise InputError(f"{path}: a folder has that name; choose another output")
+        check_folder(path.parent)
+    nbytes = sum(t.nbytes + _ROOM // 1024 for c in tensors.values() for t in c.tensors.values())
+    folder = next(path for path in next(iter(outputs)).absolute().parents if path.exists())
+    if nbytes + _ROOM > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"{folder} has room for {readable_size(free)}, {readable_size(nbytes)} are to be "
+            "written; choose another folder"
+        )
 
 
 def _read(checkpoint: Checkpoint, name: str, report: Report) -> memoryview:
