@@ -7,8 +7,8 @@ import torch
 
 from tiny.export import stored_tensors
 from worldline.errors import CheckpointError
+from worldline.tokenizers.layouts import wan_settings
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import (
     is_diffusers,
     is_wan,

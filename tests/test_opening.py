@@ -22,8 +22,8 @@ from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
 from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.request import LoadOptions
+from worldline.tokenizers.layouts import wan_settings
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.world import fingerprint

@@ -21,8 +21,8 @@ from tiny.reconstruction import (
     train_reconstruction,
 )
 from tiny.run import Run, recipe
+from worldline.tokenizers.layouts import wan_settings
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer
-from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.networks import DIFFUSERS_FILES
 

@@ -17,8 +17,8 @@ from worldline.errors import CheckpointError
 from worldline.families.diffusion.family import generation_of, starts_from_text
 from worldline.families.diffusion.model import RELEASED_RATIOS
 from worldline.family import Opened, Parts
-from worldline.tokenizers.cosmos.weights import diffusers_settings as cosmos_settings
 from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.layouts import cosmos_settings
 from worldline.weights.checkpoint import save
 
 from ..conftest import TOKENIZER as DISCRETE

@@ -17,7 +17,6 @@ from worldline.nn import transforms
 from worldline.nn.transforms import EXACT_TAP, patch, unpatch
 from worldline.tokenizers.cosmos.clips import pad, reconstruct_windows
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import diffusers_settings as cosmos_settings
 from worldline.tokenizers.cosmos.weights import (
     is_diffusers,
     key_map,
@@ -25,6 +24,7 @@ from worldline.tokenizers.cosmos.weights import (
     open_tokenizer,
     read_config,
 )
+from worldline.tokenizers.layouts import cosmos_settings
 from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.stream import load_into
 

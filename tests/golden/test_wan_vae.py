@@ -13,8 +13,8 @@ from cases import Case, cases
 
 from tiny.export import stored_tensors
 from worldline.nn.pieces import decode_stream, encode_stream
+from worldline.tokenizers.layouts import wan_settings
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.checkpoint import save
 

@@ -18,13 +18,13 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
-from worldline.tokenizers.cosmos.weights import diffusers_settings as cosmos_settings
 from worldline.tokenizers.cosmos.weights import (
     key_map,
     open_tokenizer,
     read_statistics,
     tokenizer_files,
 )
+from worldline.tokenizers.layouts import cosmos_settings
 from worldline.weights.checkpoint import save
 from worldline.weights.keymap import match
 

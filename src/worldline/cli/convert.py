@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from worldline.cli.run import existing, log_replaced
 from worldline.errors import CheckpointError, InputError
 from worldline.files import readable_size
 from worldline.locate import locate
-from worldline.repositories import TRANSFORMER_FILES, WEIGHTS
+from worldline.repositories import WEIGHTS
 from worldline.request import OutputFlags
 from worldline.request import Path as Named
 
@@ -31,8 +31,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
-# form -> suffixes of its files; the first is of those in a folder
+# form -> suffixes of its files
 _SUFFIXES = {"nvidia": (".pt", ".pth"), "safetensors": (".safetensors",)}
+# form -> name of the weights in a folder
+_NAMES = {
+    "nvidia": "model.pt",
+    "safetensors": "model.safetensors",
+    "diffusers": "diffusion_pytorch_model.safetensors",
+    "dcp": "model",
+}
 Outputs = dict[Path, "Checkpoint | bytes"]
 
 
@@ -120,8 +127,8 @@ def shard(context: click.Context, /, **_: object) -> None:
     path, count = Path(flags.checkpoint_path), flags.tensor_parallel_size
     if not path.is_file():
         raise InputError(f"--checkpoint_path {path}: there is no such file; give one of a model")
-    network, model = network_of(open_weights(path), path)
-    check_size(network, model, flags.model_size)
+    network = network_of(open_weights(path), path)[0]
+    check_size(network, flags.model_size)
     config = network.config
     if network.shards is None:
         raise InputError(f"{path}: no tensor-parallel processes share such a model")
@@ -168,8 +175,8 @@ def merge(context: click.Context, /, **_: object) -> None:
         raise InputError(
             f"--tensor_parallel_size {count}: {paths[-1]} is a part, too; give the number of all"
         )
-    network, model = network_of(open_shards(paths[:-1]), path)
-    check_size(network, model, flags.model_size)
+    network = network_of(open_shards(paths[:-1]), path)[0]
+    check_size(network, flags.model_size)
     outputs: Outputs = {target: network.by_names(network.keys)}
     write(outputs | beside(target.parent, network), flags.no_overwrite)
 
@@ -188,7 +195,6 @@ def convert(context: click.Context, /, **_: object) -> None:
     """
     import torch
 
-    from worldline.weights.networks import DIFFUSERS_FILES
     from worldline.weights.write import cast
 
     flags = parsed(context, ConvertFlags)
@@ -209,15 +215,9 @@ def convert(context: click.Context, /, **_: object) -> None:
         return
     if flags.no_ema:
         raise InputError(f"--no_ema: {path} becomes a single file; leave it out")
-    network, model = network_of(source, path)
-    keys, around = model.layout(network, form == "diffusers")
-    names = {
-        "nvidia": getattr(model, "FILES", TRANSFORMER_FILES[-1:])[0],
-        "diffusers": DIFFUSERS_FILES[0],
-        "safetensors": TRANSFORMER_FILES[0],
-        "dcp": "model",
-    }
-    file = target if is_file else target / names[form]
+    network, layout = network_of(source, path)
+    keys, around = layout(network, form == "diffusers")
+    file = target if is_file else target / _NAMES[form]
     outputs = {file: cast(network.by_names(keys), dtype)}
     others = beside(file.parent, network, around if keys != network.keys else None)
     write(outputs | others, flags.no_overwrite)
@@ -254,8 +254,8 @@ def open_any(path: Path) -> Checkpoint:
     return joined([first, *others], path) if others else first
 
 
-def network_of(source: Checkpoint, path: Path) -> tuple[Network[Any], Any]:
-    """The transformer or tokenizer that tensors are of, and the module of its files.
+def network_of(source: Checkpoint, path: Path) -> tuple[Network[Any], Callable[..., Any]]:
+    """The transformer or tokenizer that tensors are of, and its layouts.
 
     Raises:
         CheckpointError: it is neither, or a tensor does not fit.
@@ -263,36 +263,36 @@ def network_of(source: Checkpoint, path: Path) -> tuple[Network[Any], Any]:
     from worldline.family import FAMILIES
     from worldline.opening import find_family, refuse_other_models
     from worldline.tokenizers.cosmos import weights as cosmos
+    from worldline.tokenizers.layouts import cosmos_layout, wan_layout
     from worldline.tokenizers.wan import weights as wan
 
     if name := find_family(source.tensors):
         refuse_other_models(source)
         module = import_module(f"{FAMILIES[name]}.weights")
-        return module.open_network(source), module
+        return module.open_network(source), module.layout
     if wan.is_wan(wan.network_view(source)):
-        return wan.open_wan(source.path), wan
+        return wan.open_wan(source.path), wan_layout
     if cosmos.network_view(source).entries.keys().isdisjoint(cosmos.ANCHORS):
         names = ", ".join(sorted(source.tensors)[:3])
         raise CheckpointError(f"{path}: no transformer or tokenizer has such tensors ({names})")
-    return cosmos.open_tokenizer(path), cosmos
+    return cosmos.open_tokenizer(path), cosmos_layout
 
 
-def check_size(network: Network[Any], module: Any, stated: str | None) -> None:
+def check_size(network: Network[Any], stated: str | None) -> None:
     """Refuse a network of another released size than the stated one; others have no name."""
     from worldline.weights.networks import shapes_of
 
     if stated is None:
         return
-    presets = import_module(module.__name__.replace(".weights", ".model")).PRESETS
-    names = {preset.partition("-")[0].lower(): preset for preset in presets}
-    if stated.lower() not in names:
+    kind, config = network.kind, network.config
+    presets = vars(import_module(kind.__module__)).get("PRESETS", {}).items()
+    sizes = {name.partition("-")[0].lower(): preset for name, preset in presets}
+    if stated.lower() not in sizes:
         raise InputError(
-            f"--model_size {stated:.40}: give one of {', '.join(names)}, or leave it out"
+            f"--model_size {stated:.40}: give one of {', '.join(sizes)}, or leave it out"
         )
-    shapes = {size: shapes_of(network.kind, presets[name]) for size, name in names.items()}
-    found = [size for size in names if shapes[size] == shapes_of(network.kind, network.config)]
-    released = any(presets[name].width == network.config.width for name in names.values())
-    if stated.lower() not in found and released:
+    found = [s for s, preset in sizes.items() if shapes_of(kind, preset) == shapes_of(kind, config)]
+    if stated.lower() not in found and config.width in {each.width for each in sizes.values()}:
         is_of = f"of {found[0]}" if found else "of no released size"
         raise CheckpointError(f"--model_size {stated}: {network.path} is {is_of}")
     if not found:

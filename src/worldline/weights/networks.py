@@ -329,6 +329,12 @@ def weights_file(
     return find_files(path, ranked(), kind, anchors)[0]
 
 
+def last_resorts(folder: Path) -> Iterator[str]:
+    """Names of what trainings write to a folder, which are looked for in this order."""
+    yield from training_files(folder)
+    yield from distributed_files(folder)
+
+
 def training_files(folder: Path, of: str = "") -> list[str]:
     """Names of the files `iter_*.pt` with weights of a training run, the newest first.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tiny.export import draw_weights, stored_tensors
 from worldline.errors import CheckpointError
+from worldline.tokenizers.layouts import wan_settings
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.checkpoint import save
 

@@ -9,9 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +36,10 @@ from worldline.weights.keymap import KeyMap, matches, renamed_by
 from worldline.weights.networks import (
     VAE_LAYOUTS,
     Network,
-    distributed_files,
     find_files,
+    last_resorts,
     require_settings,
     shapes_of,
-    training_files,
 )
 
 # files that a folder may hold, in order of preference
@@ -166,48 +164,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none, or half of a pair is missing.
     """
-    layouts = [*VAE_LAYOUTS, *LAYOUTS, *training_files(folder), *distributed_files(folder)]
+    layouts = chain(VAE_LAYOUTS, LAYOUTS, last_resorts(folder))
     return find_files(folder, layouts, "tokenizer", ANCHORS)
-
-
-def layout(network: CosmosNetwork, diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
-    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
-
-    Raises:
-        CheckpointError: diffusers has no such tokenizer.
-    """
-    config, statistics = network.config, network.statistics
-    keys = key_map(config, diffusers)
-    if diffusers:
-        network.require(levels=None, z_channels=config.latent_channels)
-        return keys, {CONFIG: diffusers_settings(config, statistics)}
-    pairs = statistics.tensors() if statistics else {}
-    return keys, {
-        f"{kind}mean_std.pt": (pairs[f"{kind}mean"].flatten(), pairs[f"{kind}std"].flatten())
-        for kind in ("", "image_")
-        if f"{kind}mean" in pairs
-    }
-
-
-def diffusers_settings(
-    config: CosmosTokenizerConfig, statistics: LatentStatistics | None = None
-) -> dict[str, Any]:
-    """Content of diffusers' config.json, of a continuous tokenizer, whose taps are exact."""
-    return {
-        "_class_name": "AutoencoderKLCosmos",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": config.latent_channels,
-        "encoder_block_out_channels": [config.channels, *config.level_channels],
-        "decode_block_out_channels": [*config.level_channels, config.level_channels[-1]],
-        "num_layers": config.num_blocks,
-        "patch_size": config.patch,
-        "patch_type": "haar",
-        "spatial_compression_ratio": config.spatial,
-        "temporal_compression_ratio": config.temporal,
-        "latents_mean": None if statistics is None else statistics.mean.flatten().tolist(),
-        "latents_std": None if statistics is None else statistics.std.flatten().tolist(),
-    }
 
 
 def is_diffusers(source: Checkpoint) -> bool:

@@ -22,8 +22,8 @@ from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import (
     VAE_LAYOUTS,
     Network,
-    distributed_files,
     find_files,
+    last_resorts,
     require_settings,
     shapes_of,
 )
@@ -91,8 +91,7 @@ def open_wan(path: Path) -> WanNetwork:
     """
     file = path
     if not path.is_file():
-        alone = (name for each in (path,) for name in distributed_files(each))  # looked for last
-        names = chain(FILES, VAE_LAYOUTS, alone)
+        names = chain(FILES, VAE_LAYOUTS, last_resorts(path))
         [file] = find_files(path, names, "tokenizer of Wan2.1", ANCHORS)
     source = network_view(open_set(file))
     stated, settings, theirs = file.parent / "config.json", {}, is_diffusers(source)
@@ -102,42 +101,6 @@ def open_wan(path: Path) -> WanNetwork:
     config = read_config(source, settings)
     beside = (stated,) if theirs else ()
     return WanNetwork(WanTokenizer, config, source, key_map(config, theirs), beside).check()
-
-
-def layout(network: WanNetwork, diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
-    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
-
-    Raises:
-        CheckpointError: NVIDIA's has no place for other statistics than the released ones.
-    """
-    keys = key_map(network.config, diffusers)
-    if diffusers:
-        return keys, {"config.json": diffusers_settings(network.config)}
-    network.require(mean=MEAN, std=STD)
-    return keys, {}
-
-
-def diffusers_settings(config: WanTokenizerConfig) -> dict[str, Any]:
-    """Content of diffusers' config.json."""
-    return {
-        "_class_name": "AutoencoderKLWan",
-        "attn_scales": [],
-        "base_dim": config.channels,
-        "decoder_base_dim": None,
-        "dim_mult": list(config.multipliers),
-        "dropout": 0.0,
-        "in_channels": 3,
-        "is_residual": False,
-        "latents_mean": list(config.mean),
-        "latents_std": list(config.std),
-        "num_res_blocks": config.num_blocks,
-        "out_channels": 3,
-        "patch_size": None,
-        "scale_factor_spatial": config.spatial,
-        "scale_factor_temporal": config.temporal,
-        "temperal_downsample": list(config.temporal_steps),
-        "z_dim": config.latent_channels,
-    }
 
 
 def key_map(config: WanTokenizerConfig, diffusers: bool = False) -> KeyMap:
