@@ -306,8 +306,10 @@ def weights_file(
         The file; of tensor-parallel shards the first, of several training checkpoints the newest.
     """
     if path.is_file():
-        beside = training_files(path.parent, path.name)
-        return path if not beside or holds_tensors(path) else path.with_name(beside[0])
+        named = _TRAINING.fullmatch(path.name)
+        if named is None or holds_tensors(path):
+            return path
+        return path.with_name(training_files(path.parent, int(named[1]))[0])
     hashed = sorted(path.glob(_HASHED))
     if any(map(os.path.lexists, (path / name for name in preferred))):
         hashed = []
@@ -335,28 +337,25 @@ def last_resorts(folder: Path) -> Iterator[str]:
     yield from distributed_files(folder)
 
 
-def training_files(folder: Path, of: str = "") -> list[str]:
+def training_files(folder: Path, iteration: int | None = None) -> list[str]:
     """Names of the files `iter_*.pt` with weights of a training run, the newest first.
 
     Trainers put weights, averaged weights and training state into files of their own, and parts
-    of tensor-parallel processes, of which the first stands for all. `of` is the name of a file:
-    others of its iteration alone. Without it, `latest_checkpoint.txt` chooses the iteration, for a
-    newer one may not be whole.
+    of tensor-parallel processes, of which the first stands for all.
+
+    Args:
+        folder: of the files.
+        iteration: whose files they are; by default that in `latest_checkpoint.txt`, for a newer one
+            may not be whole, and without that file any.
 
     Raises:
-        CheckpointError: there are files, but none of the iteration that is chosen.
+        CheckpointError: there are files, but none of that iteration.
     """
-    files = [
-        match for file in folder.glob("iter_*.pt") if (match := _TRAINING.fullmatch(file.name))
-    ]
-    chosen = _latest(folder)
-    if of:
-        if (named := _TRAINING.fullmatch(of)) is None:
-            return []
-        files, chosen = [match for match in files if match[0] != of], int(named[1])
-    ranked = {match[0]: (int(match[1]), _KINDS.index(match[2] or "")) for match in files}
+    files = (_TRAINING.fullmatch(file.name) for file in folder.glob("iter_*.pt"))
+    ranked = {m[0]: (int(m[1]), _KINDS.index(m[2] or "")) for m in files if m}
+    chosen = _latest(folder) if iteration is None else iteration
     names = [name for name, (number, _) in ranked.items() if chosen in (None, number)]
-    if ranked and not names and not of:
+    if ranked and not names:
         raise _missing(folder, chosen)
     return sorted(names, key=ranked.__getitem__, reverse=True)
 
