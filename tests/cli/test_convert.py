@@ -295,6 +295,11 @@ def test_precision_and_averages(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert_same(read(single), {name: tensor.half() for name, tensor in named.items()})
     assert "net_ema." in result.stderr
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(plain, checkpoint_id=str(tmp_path / "plain" / "model"), no_dist=True)
+    words = ("convert", tmp_path / "plain", tmp_path / "bare", "--to", "nvidia", "--no_ema")
+    assert run("checkpoints", *words).exit_code == 0  # as the released script needs it then
+    assert_same(read(tmp_path / "bare" / "model.pt"), plain)
     assert "--no_ema" in refused(run, "convert", single, tmp_path / "x.pt", "--no_ema")
 
 

@@ -214,7 +214,7 @@ def convert(context: click.Context, /, **_: object) -> None:
         write(outputs, flags.no_overwrite)
         return
     if flags.no_ema:
-        raise InputError(f"--no_ema: {path} becomes a single file; leave it out")
+        raise InputError("--no_ema: it is of a distributed checkpoint, for a folder --to nvidia")
     network, layout = network_of(source, path)
     keys, around = layout(network, form == "diffusers")
     file = target if is_file else target / _NAMES[form]
@@ -302,7 +302,7 @@ def check_size(network: Network[Any], stated: str | None) -> None:
 def training_files(source: Checkpoint, folder: Path, no_ema: bool) -> Outputs:
     """What the released `convert_distcp_to_pt.py` makes of a training's distributed checkpoint.
 
-    It is empty for another one, without averaged weights beside others.
+    It is empty for another source, and without averaged weights, unless none are wanted.
     """
     import torch
 
@@ -313,7 +313,8 @@ def training_files(source: Checkpoint, folder: Path, no_ema: bool) -> Outputs:
     from worldline.weights.write import cast
 
     averaged, name = [*map(is_averaged, source.tensors)], find_family(source.tensors)
-    if source.kind != "distributed checkpoint" or all(averaged) or not (any(averaged) and name):
+    distributed = source.kind == "distributed checkpoint" and not all(averaged)
+    if not distributed or not (no_ema or (any(averaged) and name)):
         return {}
     outputs: Outputs = {folder / "model.pt": source}
     if not no_ema:
