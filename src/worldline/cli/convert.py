@@ -201,6 +201,8 @@ def convert(context: click.Context, /, **_: object) -> None:
     path, target = Path(flags.source), Path(flags.target)
     if not path.exists():
         path = locate(path, flags.checkpoint_dir).named
+    if path.stem in TOKENIZER[:2] and path.is_file():  # one of two
+        path = path.parent
     form: str = flags.to or next((f for f, ends in _SUFFIXES.items() if target.suffix in ends), "")
     if not form:
         raise InputError(f"{target}: its layout is not known; name it by --to")
