@@ -33,13 +33,8 @@ logger = logging.getLogger(__name__)
 TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
 # form -> suffixes of its files
 _SUFFIXES = {"nvidia": (".pt", ".pth"), "safetensors": (".safetensors",)}
-# form -> name of the weights in a folder
-_NAMES = {
-    "nvidia": "model.pt",
-    "safetensors": "model.safetensors",
-    "diffusers": "diffusion_pytorch_model.safetensors",
-    "dcp": "model",
-}
+# form -> name of the weights in a folder; diffusers has its own
+_NAMES = {"nvidia": "model.pt", "safetensors": "model.safetensors", "dcp": "model"}
 Outputs = dict[Path, "Checkpoint | bytes"]
 
 
@@ -195,6 +190,7 @@ def convert(context: click.Context, /, **_: object) -> None:
     """
     import torch
 
+    from worldline.weights.networks import DIFFUSERS_FILES
     from worldline.weights.write import cast
 
     flags = parsed(context, ConvertFlags)
@@ -219,7 +215,7 @@ def convert(context: click.Context, /, **_: object) -> None:
         raise InputError("--no_ema: it is of a distributed checkpoint, for a folder --to nvidia")
     network, layout = network_of(source, path)
     keys, around = layout(network, form == "diffusers")
-    file = target if is_file else target / _NAMES[form]
+    file = target if is_file else target / _NAMES.get(form, DIFFUSERS_FILES[0])
     outputs = {file: cast(network.by_names(keys), dtype)}
     others = beside(file.parent, network, around if keys != network.keys else None)
     write(outputs | others, flags.no_overwrite)

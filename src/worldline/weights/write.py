@@ -63,12 +63,11 @@ def cast(
     """
 
     def form(entry: Any) -> Any:
-        scaled = isinstance(entry, ScaledTensor)
-        wanted = dtype or (torch.bfloat16 if scaled else entry.meta.dtype)
-        fits = entry.meta.dtype == only if only else entry.meta.is_floating_point()
-        return (
-            CastTensor(entry, wanted) if scaled or (fits and wanted != entry.meta.dtype) else entry
-        )
+        own = entry.meta.dtype
+        fits = own == only if only else own.is_floating_point
+        kept = torch.bfloat16 if isinstance(entry, ScaledTensor) else own
+        wanted = dtype if dtype and fits else kept
+        return entry if wanted == own else CastTensor(entry, wanted)
 
     return replace(checkpoint, entries={name: form(e) for name, e in checkpoint.entries.items()})
 
