@@ -233,7 +233,7 @@ def test_distributed_checkpoints_become_the_released_files(case: Case, tmp_path:
     for number, converted in enumerate(sorted(case.path.rglob("model_ema_bf16.pt"))):
         source = open_checkpoint(converted.parent / "model")
         target = tmp_path / str(number)
-        done("convert", converted.parent / "model", target, "--to", "nvidia")
+        done("convert", converted.parent / "model", target)
         assert_same(contents(target / converted.name), contents(converted))
         everything = {name: source.read(name) for name in source.tensors}
         assert_same(contents(target / "model.pt"), everything)

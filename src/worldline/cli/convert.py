@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from worldline.cli.messages import results
 from worldline.cli.options import parameters, parsed
@@ -38,15 +38,6 @@ _NAMES = {"nvidia": "model.pt", "safetensors": "model.safetensors", "dcp": "mode
 Outputs = dict[Path, "Checkpoint | bytes"]
 
 
-def _one_of(*names: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"{value:.40} is not known; give {' or '.join(names)}")
-        return value
-
-    return AfterValidator(check)
-
-
 class _PartFlags(OutputFlags):
     """Flags that `shard` and `merge` share."""
 
@@ -62,16 +53,20 @@ class _PartFlags(OutputFlags):
         description="Size that the model must have, such as 4b.  [default: that of its tensors]",
         json_schema_extra={"short": "-s"},
     )
-    model_family: Annotated[str, _one_of("cosmos")] = Field(
-        "cosmos", description="Family of the model.", json_schema_extra={"short": "-f"}
+    model_family: str = Field(
+        "cosmos",
+        pattern="^cosmos$",
+        description="Family of the model.",
+        json_schema_extra={"short": "-f"},
     )
 
 
 class ShardFlags(_PartFlags):
     """Flags of the released `shard_autoregressive_base_checkpoints.py`."""
 
-    target_backend: Annotated[str, _one_of("pytorch", "transformer_engine")] = Field(
+    target_backend: str = Field(
         "pytorch",
+        pattern="^(pytorch|transformer_engine)$",
         description="Names of the tensors: pytorch, or transformer_engine.",
         json_schema_extra={"short": "-b"},
     )
@@ -186,7 +181,7 @@ def convert(context: click.Context, /, **_: object) -> None:
     file .pt (nvidia) or .safetensors with NVIDIA's names of tensors; or a folder: of diffusers (its
     `transformer` or `vae`), of a distributed checkpoint (dcp, in TARGET/model), or of the other
     files. A distributed checkpoint of a training becomes model.pt, with all of its tensors,
-    model_ema_fp32.pt and model_ema_bf16.pt in a folder TARGET (nvidia).
+    model_ema_fp32.pt and model_ema_bf16.pt in a folder TARGET (nvidia, its default).
     """
     import torch
 
@@ -199,14 +194,16 @@ def convert(context: click.Context, /, **_: object) -> None:
         path = locate(path, flags.checkpoint_dir).named
     if path.stem in TOKENIZER[:2] and path.is_file():  # one of two
         path = path.parent
+    source = open_any(path)
     form: str = flags.to or next((f for f, ends in _SUFFIXES.items() if target.suffix in ends), "")
+    if not form and source.kind == "distributed checkpoint":
+        form = "nvidia"  # as the released script
     if not form:
         raise InputError(f"{target}: its layout is not known; name it by --to")
     if (is_file := target.suffix in WEIGHTS) and target.suffix not in _SUFFIXES.get(form, ()):
         advice = " or a file ".join(["a folder", *_SUFFIXES.get(form, ())[:1]])
         raise InputError(f"{target}: no such file is of the layout {form}; give {advice}")
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
-    source = open_any(path)
     alone = form != "nvidia" or is_file or dtype
     if outputs := {} if alone else training_files(source, target, flags.no_ema):
         write(outputs, flags.no_overwrite)
