@@ -10,11 +10,7 @@ from worldline.weights.keymap import KeyMap
 
 
 def cosmos_layout(network: cosmos.CosmosNetwork, diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
-    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
-
-    Raises:
-        CheckpointError: diffusers has no such tokenizer.
-    """
+    """Names of tensors, and files beside them, in NVIDIA's or diffusers' layout, if it has any."""
     config, statistics = network.config, network.statistics
     keys = cosmos.key_map(config, diffusers)
     if diffusers:
@@ -50,11 +46,7 @@ def cosmos_settings(
 
 
 def wan_layout(network: wan.WanNetwork, diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
-    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
-
-    Raises:
-        CheckpointError: NVIDIA's has no place for other statistics than the released ones.
-    """
+    """Names of tensors, and files beside them, in NVIDIA's or diffusers' layout, if it has any."""
     keys = wan.key_map(network.config, diffusers)
     if diffusers:
         return keys, {"config.json": wan_settings(network.config)}

@@ -1,6 +1,7 @@
 """Names that Transformer Engine gives the tensors of an autoregressive transformer, and PyTorch's.
 
 Its feed-forward layer holds gate and first projection as one tensor, in each tensor-parallel part.
+Rows of queries and keys stay in order: no Cosmos model has the first rotary layout, of other rows.
 Source: nvidia-cosmos/cosmos-predict1 `autoregressive/utils/checkpoint.py`.
 """
 

@@ -137,11 +137,7 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | 
 
 
 def layout(network: Network[DiTConfig], diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
-    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
-
-    Raises:
-        CheckpointError: it has no place for what the network needs.
-    """
+    """Names of tensors, and files beside them, in NVIDIA's or diffusers' layout, if it has any."""
     config = network.config
     if not diffusers:
         ours = {"rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}

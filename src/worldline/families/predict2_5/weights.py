@@ -111,11 +111,7 @@ def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
 
 
 def layout(network: Network[FlowDiTConfig], diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
-    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
-
-    Raises:
-        CheckpointError: it has no place for what the network needs.
-    """
+    """Names of tensors, and files beside them, in NVIDIA's or diffusers' layout, if it has any."""
     config = network.config
     if not diffusers:
         ours = {"rope_ratio": [*config.rope_ratio], "timestep_scale": config.timestep_scale}
