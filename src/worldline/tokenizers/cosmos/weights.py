@@ -125,7 +125,8 @@ class CosmosNetwork(Network[CosmosTokenizerConfig]):
     @cached_property
     def statistics(self) -> LatentStatistics | None:
         """As `read_statistics`."""
-        return read_statistics(self.beside[0].parent, self.config.latent_channels)
+        folder = (*self.beside, self.path)[0].parent
+        return read_statistics(folder, self.config.latent_channels)
 
     def by_names(self, keys: KeyMap) -> Checkpoint:
         view = super().by_names(keys)
