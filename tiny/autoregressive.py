@@ -18,10 +18,10 @@ from tiny.export import autoregressive_settings, export_network, stored_tensors
 from tiny.run import EXISTING, TOKENIZER, Run, recipe
 from worldline.families.autoregressive.model import ARTransformer, Positions, make_positions
 from worldline.families.autoregressive.weights import KEYS, open_network
+from worldline.losses import next_token_labels, next_token_loss
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.loop import LoopConfig, Objective, generator
-from worldline.train.losses import next_token_labels, next_token_loss
 
 _HELD_OUT_TOGETHER = 128  # clips
 

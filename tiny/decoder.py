@@ -29,6 +29,7 @@ from tiny.run import EXISTING, TOKENIZER, Run, recipe
 from worldline.catalog import DECODERS
 from worldline.families.diffusion.model import DECODER_WINDOW, DiT
 from worldline.families.diffusion.weights import open_network
+from worldline.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
@@ -36,7 +37,6 @@ from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.loop import generator
-from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.checkpoint import save
 
 DECODER = DECODERS["Predict1"]

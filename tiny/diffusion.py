@@ -20,15 +20,15 @@ from tiny.export import dit_settings, dit_tensors, draw_weights, export_network
 from tiny.run import NEGATIVE_PROMPT, TOKENIZER, Run, recipe
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
-from worldline.sampling.edm import SIGMA_DATA
-from worldline.text.t5 import T5Encoder, T5Files
-from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.train.losses import (
+from worldline.losses import (
     condition_mask,
     denoising_loss,
     log_normal_sigmas,
     noised_latents,
 )
+from worldline.sampling.edm import SIGMA_DATA
+from worldline.text.t5 import T5Encoder, T5Files
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 
 WORLD, TEXT_FOLDER = "Cosmos-Predict1-7B-Video2World", "google-t5/t5-11b"
 # Where an object is, how it is turned and what it looks like is settled at noise levels of 10 to 1

@@ -16,12 +16,12 @@ from tiny.export import dit_settings, dit_tensors, draw_weights, export_network
 from tiny.run import NEGATIVE_PROMPT, TOKENIZER, Run, recipe
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
+from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
 from worldline.text.reason1 import Reason1Encoder, Reason1Files
 from worldline.tokenizers.wan.weights import open_wan
-from worldline.train.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
 
 WORLD = "Cosmos-Predict2.5-2B"
 # Wider than the released recipes' 1: the last of 20 steps is at 0.2, which one draw in 600 would

@@ -11,16 +11,16 @@ from torch import Tensor
 from tiny import sizes
 from tiny.clips import ClipPool, as_video, clip_batches
 from tiny.run import Run
-from worldline.shapes import VideoShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.train.loop import LoopConfig, Objective, generator
-from worldline.train.losses import (
+from worldline.losses import (
     ReconstructionObjective,
     Schedule,
     reconstruction_terms,
     total,
 )
+from worldline.shapes import VideoShape
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.wan.model import WanTokenizer
+from worldline.train.loop import LoopConfig, Objective, generator
 
 VideoTokenizer = CosmosTokenizer | WanTokenizer
 

@@ -13,9 +13,9 @@ from tiny import sizes
 from tiny.export import cosmos_tensors
 from tiny.reconstruction import KL, Moments, report_psnr, statistics_videos, train_reconstruction
 from tiny.run import Run, recipe
+from worldline.losses import ReconstructionObjective
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.train.losses import ReconstructionObjective
 from worldline.weights.checkpoint import save
 
 _STATISTICS_FRAMES = 16  # columns of released statistics; the last one is repeated

@@ -11,7 +11,7 @@ from cases import Case, cases
 from safetensors.torch import load_file
 from torch import Tensor
 
-from worldline.train.losses import (
+from worldline.losses import (
     FeatureNetwork,
     ReconstructionObjective,
     Reduction,

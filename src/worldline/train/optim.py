@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,43 @@ def warmup_cosine(step: int, *, peak: float, warmup: int, total: int) -> float:
     final = peak * _FINAL_RATE
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def cosine_rate(step: int, *, peak: float, warmup: int, decay: int, floor: float = 1e-8) -> float:
+    """Learning rate of `step` (from 0) in the released autoregressive recipe; 0 at the first step.
+
+    A linear rise, then half a cosine to `floor` at step `decay`.
+    Source: nvidia-cosmos/cosmos-predict1 `utils/scheduler.py`.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    if step >= decay:
+        return floor
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) / 2
+
+
+def linear_factor(
+    step: int, *, warmup: int, cycle: float, start: float = 1e-6, top: float = 1.0, end: float = 1.0
+) -> float:
+    """Factor of the learning rate of `step` (from 0) in the released diffusion recipes.
+
+    A linear rise from `start` to `top`, then a line that reaches `end` at step `cycle`.
+    Source: nvidia-cosmos/cosmos-predict1 `diffusion/training/functional/lr_scheduler.py`.
+    """
+    if step < warmup:
+        return start + (top - start) * step / warmup
+    return end + (top - end) * (cycle - step) / (cycle - warmup)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients down to a norm of `most`; their norm before.
+
+    NaN and infinite ones become 0 first, as in the released recipes.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(0, 0, 0)
+    return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
 
 
 def make_optimizer(
@@ -151,6 +189,31 @@ class Average:
             newest = parameter.float().clone()
             parameter.copy_(self.values[name])
             self.values[name].copy_(newest)
+
+
+class PowerAverage(Average):
+    """Average whose weights are a power of the step, of a relative deviation in time.
+
+    Source: arXiv 2312.02696, section 3.1.
+    """
+
+    def __init__(self, module: nn.Module, deviation: float) -> None:
+        super().__init__(module, deviation)
+        self.exponent = power_exponent(deviation)
+
+    def set_weight(self, step: int) -> None:
+        self._weight.fill_(1 - power_decay(step, self.exponent))
+
+
+def power_exponent(deviation: float) -> float:
+    """Exponent of the power function whose relative deviation is `deviation`."""
+    inverse = deviation**-2
+    return float(max(np.roots([1, 7, 16 - inverse, 12 - inverse]).real))
+
+
+def power_decay(step: int, exponent: float) -> float:
+    """Weight of the old average at `step`, counted from 1; the first step takes all."""
+    return float((1 - 1 / step) ** (exponent + 1))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -294,11 +294,25 @@ class ARTransformer(nn.Module):
             context_mask: boolean (B, 1, 1, rows), True is visible; None is all, as released.
             last_only: compute the logits of the last position alone.
         """
+        x = self.hidden(
+            tokens, positions, cache=cache, start=start, context=context, context_mask=context_mask
+        )
+        return self.head(self.norm(x[:, -1:] if last_only else x))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Positions,
+        *,
+        cache: KVCache | None = None,
+        start: int = 0,
+        context: EncodedContext | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Residual stream (B, S, D) behind the layers; arguments are those of `forward`."""
         here = positions.rows(start, tokens.shape[1])
         x = self.embedding(tokens)
         for layer in self.layers:
             encoded = None if context is None else context[layer.number]
             x = layer(x, here, cache, start, encoded, context_mask)
-        if last_only:
-            x = x[:, -1:]
-        return self.head(self.norm(x))
+        return x

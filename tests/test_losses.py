@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldline.errors import CheckpointError
-from worldline.sampling import edm
-from worldline.sampling.solvers import finish
-from worldline.train.losses import (
+from worldline.losses import (
     FeatureNetwork,
     ReconstructionObjective,
     Reduction,
@@ -39,6 +37,8 @@ from worldline.train.losses import (
     split_windows,
     total,
 )
+from worldline.sampling import edm
+from worldline.sampling.solvers import finish
 
 WIDTHS = (4, 4, 6, 6, 8, 8, 8, 8, 8, 8, 10, 10, 10)
 INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of torchvision's vgg16().features

@@ -1,0 +1,99 @@
+"""What post-training of the autoregressive transformer minimises: the next token's cross entropy.
+
+Source: nvidia-cosmos/cosmos-predict1 `autoregressive/training/model.py`. Models with a text have no
+released recipe; theirs is ours: the same loss, and prompts that are dropped as in the released
+recipes of the diffusion transformers.
+Axes: B batch, L tokens of a clip, V vocabulary, D width, S rows of the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from worldline.families.autoregressive.model import ARTransformer, Positions
+from worldline.losses import IGNORED, next_token_labels
+
+_ROWS = 1024  # positions whose float32 logits exist at once: those of a clip would need 2.7 GB
+
+
+class Losses(NamedTuple):
+    """Terms of a step's loss, float32, ().
+
+    Attributes:
+        cross_entropy: mean over the tokens that count, nats.
+        z: weighted mean over all positions of log(sum(exp(logits)))^2; arXiv 2204.02311, section 5.
+    """
+
+    cross_entropy: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenObjective:
+    """Recipe of a step.
+
+    Attributes:
+        conditioning: latent frames that are given; only tokens behind them count.
+        z_coefficient: weight of the z-loss.
+        text_dropout: share of prompts that are dropped, of models that read one.
+    """
+
+    conditioning: int = 1
+    z_coefficient: float = 1e-4
+    text_dropout: float = 0.2
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """(B,), 0 where the prompt is dropped, else 1."""
+        chance = torch.rand(len(tokens), generator=generator, device=generator.device)
+        return (chance >= self.text_dropout).float().to(tokens.device)
+
+    def labels(self, model: ARTransformer, tokens: Tensor) -> Tensor:
+        """Labels (B, L - 1) of tokens (B, L): the next one, or IGNORED in the frames given."""
+        config = model.config
+        given = config.leading_tokens + self.conditioning * config.grid.tokens_per_frame
+        return next_token_labels(tokens, given - 1)
+
+    def loss(
+        self,
+        model: ARTransformer,
+        batch: tuple[Tensor, Positions, Tensor | None],
+        text_kept: Tensor | None = None,
+    ) -> Losses:
+        """Terms of the loss of clips.
+
+        Args:
+            model: float32 or bf16.
+            batch: tokens (B, L); positions of a whole clip; text (B, S, width), None for a base
+                model.
+            text_kept: of `draw`.
+        """
+        tokens, positions, text = batch
+        if text is not None and text_kept is not None:
+            text = text * text_kept.to(text)[:, None, None]
+        labels = self.labels(model, tokens)
+        stream = model.hidden(tokens, positions, context=model.encode_context(text))
+        hidden = model.norm(stream[:, :-1])
+        parts = [
+            checkpoint(_terms, model.head.weight, rows, given, use_reentrant=False)
+            for rows, given in zip(
+                hidden.flatten(0, 1).split(_ROWS), labels.flatten().split(_ROWS), strict=True
+            )
+        ]
+        entropy, z = (torch.stack(term).sum() for term in zip(*parts, strict=True))
+        entropy = entropy / (labels != IGNORED).sum()
+        return Losses(entropy, self.z_coefficient * z / labels.numel())
+
+
+def _terms(weight: Tensor, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over rows (R, D): of the cross entropy of labels (R,), and of the squared log sum."""
+    logits = F.linear(hidden, weight).float()  # float32: in bf16 a loss near 7 has steps of 0.03
+    total = logits.logsumexp(-1)
+    counted = labels != IGNORED
+    chosen = logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    return ((total - chosen) * counted).sum(), total.square().sum()

@@ -1,0 +1,175 @@
+"""What post-training of the diffusion transformer minimises: weighted denoising error (EDM).
+
+Source: nvidia-cosmos/cosmos-predict1, `model`, `model_image` and `extend_model` of `diffusion/
+training/models`; arXiv 2206.00364, section 5; arXiv 2312.02696, section 2, for the uncertainty.
+Axes: B batch, C channels, T/H/W latent grid, S rows of the text, E its width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from worldline.families.diffusion.model import DiT
+from worldline.losses import condition_mask, denoising_loss, noised_latents
+from worldline.sampling.edm import SIGMA_DATA, precondition
+from worldline.shapes import LatentShape
+
+_FEATURES = 128
+
+
+class Uncertainty(nn.Module):
+    """Learned logarithm of the error's variance at a noise level, which weighs the loss.
+
+    Random Fourier features of c_noise; only the last layer is trained. Its tensors are those that
+    checkpoints name `logvar`.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, features: int = _FEATURES) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.empty(features))
+        self.register_buffer("phases", torch.empty(features))
+        self.weight = nn.Parameter(torch.empty(1, features))
+
+    def forward(self, times: Tensor) -> Tensor:
+        """(B,), float32, of c_noise (B,)."""
+        waves = (times.float()[:, None] * self.frequencies + self.phases).cos()
+        return (math.sqrt(2) * waves @ self.weight.float().T)[:, 0]
+
+
+class Draws(NamedTuple):
+    """Random numbers of a step.
+
+    Attributes:
+        text_kept: (B,), 0 where the prompt is dropped, else 1.
+        sigma: (B,) noise levels.
+        noise: unit normal, in the shape of the latents.
+        num_conditioning: (B,) int64, latent frames that are given; 0 without Video2World.
+        condition_sigma: (B,) noise levels of the frames that are given.
+        condition_noise: their noise, in the shape of the latents.
+    """
+
+    text_kept: Tensor
+    sigma: Tensor
+    noise: Tensor
+    num_conditioning: Tensor
+    condition_sigma: Tensor
+    condition_noise: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingObjective:
+    """Recipe of a step.
+
+    Attributes:
+        noise_factor: of all noise levels; the released Video2World recipe multiplies by the root
+            of the latent frames it was made for, 4, whatever the clip's number.
+        text_dropout: share of prompts that are dropped.
+        most_conditioning: largest number of latent frames that are given; each up to it is drawn
+            as often, one for a batch.
+        scale: of the loss.
+    """
+
+    noise_factor: float = 1.0
+    noise_mean: float = 0.0
+    noise_deviation: float = 1.0
+    text_dropout: float = 0.0
+    most_conditioning: int = 0
+    condition_mean: float = -3.0
+    condition_deviation: float = 2.0
+    scale: float = 1.0
+
+    def levels(self, uniform: Tensor) -> Tensor:
+        """Noise levels (B,), float32, of uniform numbers (B,) float64 in (0, 1)."""
+        levels = log_normal(uniform, self.noise_mean, self.noise_deviation)
+        return (levels * self.noise_factor).float()
+
+    def condition_levels(self, uniform: Tensor) -> Tensor:
+        """Noise levels of the frames that are given, as `levels`."""
+        return log_normal(uniform, self.condition_mean, self.condition_deviation).float()
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> Draws:
+        """Random numbers for latents (B, C, T, H, W), on their device; made on the generator's."""
+        count, device = len(latents), generator.device
+
+        def uniform() -> Tensor:
+            return torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+
+        def normal() -> Tensor:
+            return torch.randn(latents.shape, generator=generator, device=device)
+
+        most = min(self.most_conditioning, latents.shape[2] - 1)
+        given = torch.randint(most + 1, (1,), generator=generator, device=device)
+        draws = Draws(
+            text_kept=(uniform() >= self.text_dropout).float(),
+            sigma=self.levels(uniform()),
+            noise=normal(),
+            num_conditioning=given.expand(count),
+            condition_sigma=self.condition_levels(uniform()),
+            condition_noise=normal() if most else torch.zeros((), device=device),
+        )
+        return Draws(*(each.to(latents.device) for each in draws))
+
+    def inputs(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """What the network reads, (B, C, T, H, W) float32, and the mask of the frames given.
+
+        Latents are clean, of standard deviation 0.5. Frames that are given have a little noise of
+        their own.
+        """
+        mask = condition_mask(latents, draws.num_conditioning)
+        noised = noised_latents(latents, draws.noise, draws.sigma)
+        given = noised_latents(latents, draws.condition_noise, draws.condition_sigma)
+        return torch.where(mask > 0, given, noised), mask
+
+    def loss(
+        self,
+        network: DiT,
+        uncertainty: Uncertainty | None,
+        batch: tuple[Tensor, Tensor, float | None, Tensor | None],
+        draws: Draws,
+    ) -> Tensor:
+        """Loss of each clip (B,), float32; below 0 where the uncertainty is small.
+
+        Args:
+            network: float32 or bf16.
+            uncertainty: None weighs all noise levels alike.
+            batch: latents (B, C, T, H, W) as the tokenizer makes them; embeddings of prompts
+                (B, S, E); frames a second; mask (B, 1, h, w) of padding, None without.
+            draws: of `draw`.
+        """
+        latents, text, fps, padding = batch
+        latents = SIGMA_DATA * latents.float()
+        x, mask = self.inputs(latents, draws)
+        times = precondition(draws.sigma.float()).noise
+        output = network(
+            x,
+            times,
+            network.encode_context(text * draws.text_kept.to(text)[:, None, None]),
+            network.make_positions(LatentShape(*latents.shape[2:]), fps),
+            condition_mask=mask if network.config.condition_mask else None,
+            padding_mask=padding,
+        )
+        error = denoising_loss(output, latents, draws.noise, draws.sigma, mask)
+        error = error * (1 - mask).mean((1, 2, 3, 4))  # frames given have no error, and count
+        if uncertainty is not None:
+            log_variance = uncertainty(times)
+            error = error * (-log_variance).exp() + log_variance
+        return self.scale * error
+
+
+def log_normal(uniform: Tensor, mean: float, deviation: float) -> Tensor:
+    """exp(mean + deviation z), z normal of the quantiles `uniform`, in their precision."""
+    return (mean + deviation * torch.special.ndtri(uniform)).exp()
+
+
+def clean_latents(network_input: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+    """The network's estimate of the clean latents, (B, C, T, H, W) float32."""
+    skip, out, scale, _ = precondition(sigma.float().view(-1, 1, 1, 1, 1))
+    return skip * network_input.float() / scale + out * output.float()

@@ -1,0 +1,119 @@
+"""What post-training of the flow transformer minimises: error of the velocity.
+
+Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/models/video2world_model_rectified_flow.py`
+and `schedulers/rectified_flow.py`; arXiv 2210.02747.
+Axes: B batch, C channels, T/H/W latent grid, S rows of the text, F its features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worldline.families.predict2_5.model import FlowDiT
+from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
+from worldline.sampling.flow import SHIFT, TIMESTEPS
+from worldline.shapes import LatentShape
+
+HIGH_TIMESTEPS = (980.0, 1000.0)
+
+
+class Draws(NamedTuple):
+    """Random numbers of a step.
+
+    Attributes:
+        text_kept: (B,), 0 where the prompt is dropped, else 1.
+        sigma: (B,) noise levels in (0, 1].
+        noise: unit normal, in the shape of the latents.
+        num_conditioning: (B,) int64, latent frames that are given.
+    """
+
+    text_kept: Tensor
+    sigma: Tensor
+    noise: Tensor
+    num_conditioning: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowObjective:
+    """Recipe of a step.
+
+    Attributes:
+        text_dropout: share of prompts that are dropped.
+        conditioning: shares of clips of which 0, 1, 2, ... latent frames are given.
+        high_share: share of clips whose noise level is one of the highest, drawn evenly.
+    """
+
+    text_dropout: float = 0.2
+    conditioning: tuple[float, ...] = (0.5, 0.25, 0.25)
+    high_share: float = 0.0
+    shift: float = SHIFT
+
+    def levels(self, normal: Tensor, chance: Tensor, choice: Tensor) -> Tensor:
+        """Noise levels (B,), float32.
+
+        Args:
+            normal: (B,) unit normal.
+            chance: (B,) in [0, 1); below `high_share` the level is one of the highest.
+            choice: (B,) int64, which one.
+        """
+        high = high_levels(self.shift).to(normal.device)[choice]
+        return torch.where(chance < self.high_share, high, shifted_sigmas(normal, shift=self.shift))
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> Draws:
+        """Random numbers for latents (B, C, T, H, W), on their device; made on the generator's."""
+        count, device = len(latents), generator.device
+
+        def uniform() -> Tensor:
+            return torch.rand(count, generator=generator, device=device)
+
+        kept = uniform() >= self.text_dropout
+        frames = len(self.conditioning) if latents.shape[2] > 1 else 1  # an image has none to give
+        shares = torch.tensor(self.conditioning[:frames], device=device)
+        given = torch.multinomial(shares, count, replacement=True, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        normal = torch.randn(count, generator=generator, device=device)
+        chance, highest = uniform(), len(high_levels(self.shift))
+        choice = torch.randint(highest, (count,), generator=generator, device=device)
+        draws = Draws(kept.float(), self.levels(normal, chance, choice), noise, given)
+        return Draws(*(each.to(latents.device) for each in draws))
+
+    def inputs(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """What the network reads, (B, C, T, H, W) float32, and the mask of the frames given."""
+        mask = condition_mask(latents, draws.num_conditioning)
+        noised = flowed_latents(latents, draws.noise, draws.sigma)
+        return torch.where(mask > 0, latents.float(), noised), mask
+
+    def loss(
+        self, network: FlowDiT, batch: tuple[Tensor, Tensor, Tensor | None], draws: Draws
+    ) -> Tensor:
+        """Loss of each clip (B,), float32.
+
+        Args:
+            network: float32 or bf16.
+            batch: latents (B, C, T, H, W) as the tokenizer makes them; features of prompts
+                (B, S, F); mask (B, 1, h, w) of padding, None without.
+            draws: of `draw`.
+        """
+        latents, text, padding = batch
+        x, mask = self.inputs(latents, draws)
+        velocity = network(
+            x,
+            TIMESTEPS * draws.sigma[:, None],
+            network.encode_context(text * draws.text_kept.to(text)[:, None, None]),
+            network.make_positions(LatentShape(*latents.shape[2:])),
+            condition_mask=mask,
+            padding_mask=padding,
+        )
+        return flow_loss(velocity, latents, draws.noise, mask)
+
+
+def high_levels(shift: float = SHIFT) -> Tensor:
+    """The highest noise levels of the released table of 1,000, falling from 1."""
+    level = 1 - torch.arange(TIMESTEPS) / TIMESTEPS
+    level = shift * level / (1 + (shift - 1) * level)
+    low, high = HIGH_TIMESTEPS
+    return level[(TIMESTEPS * level >= low) & (TIMESTEPS * level <= high)]
