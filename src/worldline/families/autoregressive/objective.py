@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from worldline.families.autoregressive.model import ARTransformer, Positions
@@ -80,7 +79,7 @@ class NextTokenObjective:
         stream = model.hidden(tokens, positions, context=model.encode_context(text))
         hidden = model.norm(stream[:, :-1])
         parts = [
-            checkpoint(_terms, model.head.weight, rows, given, use_reentrant=False)
+            checkpoint(_terms, model.head, rows, given, use_reentrant=False)
             for rows, given in zip(
                 hidden.flatten(0, 1).split(_ROWS), labels.flatten().split(_ROWS), strict=True
             )
@@ -90,9 +89,9 @@ class NextTokenObjective:
         return Losses(entropy, self.z_coefficient * z / labels.numel())
 
 
-def _terms(weight: Tensor, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _terms(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over rows (R, D): of the cross entropy of labels (R,), and of the squared log sum."""
-    logits = F.linear(hidden, weight).float()  # float32: in bf16 a loss near 7 has steps of 0.03
+    logits = head(hidden).float()  # float32: in bf16 a loss near 7 has steps of 0.03
     total = logits.logsumexp(-1)
     counted = labels != IGNORED
     chosen = logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]

@@ -1,0 +1,148 @@
+"""How processes share the training of a network: tensor parallel layers, rows of all weights.
+
+Weights become distributed tensors of torch. The layers of a tensor-parallel part talk as the plan
+of inference states (`parallel.tensor.ShardPlan`), with gradients; on top of it each process of
+`dp` holds a share of every weight, in the precision of the optimizer, and gathers a block at a time
+in that of the computation (FSDP, arXiv 2304.11277).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+
+from worldline.parallel.tensor import ShardPlan
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A module whose training processes share.
+
+    Attributes:
+        module: it, with distributed tensors for parameters.
+        mesh: of axes `dp` and `tp`.
+        cut: names of parameters of which each tensor-parallel process holds a part.
+        partial: names of parameters of which each computes a part of the gradient.
+    """
+
+    module: nn.Module
+    mesh: DeviceMesh
+    cut: frozenset[str]
+    partial: frozenset[str]
+
+    def sum_partial_gradients(self) -> None:
+        """Complete gradients of weights that act on a process's own heads alone."""
+        group = self.mesh["tp"].get_group()
+        for name, parameter in self.module.named_parameters():
+            if name in self.partial and parameter.grad is not None:
+                torch.distributed.all_reduce(local(parameter.grad), group=group)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients of all processes, float32, ()."""
+        squares = torch.zeros(2, device=next(self.module.parameters()).device)
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+                squares[int(name in self.cut)] += norm.square()
+        whole, parts = squares[:1], squares[1:]
+        torch.distributed.all_reduce(parts, group=self.mesh["tp"].get_group())
+        total = whole + parts
+        torch.distributed.all_reduce(total, group=self.mesh["dp"].get_group())
+        return total[0].sqrt()
+
+    def clip(self, most: float) -> Tensor:
+        """Scale gradients down to a norm of `most`; their norm before."""
+        norm = self.gradient_norm()
+        factor = (most / (norm + 1e-6)).clamp_max(1)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        return norm
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters that train, by the mesh that holds them: one kernel updates all of a group."""
+        held: dict[Any, list[nn.Parameter]] = {}
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                held.setdefault(mesh, []).append(parameter)
+        return [{"params": parameters} for parameters in held.values()]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share_layers(
+    network: nn.Module, plan: ShardPlan, whole: Mapping[str, Sequence[int]], mesh: DeviceMesh
+) -> frozenset[str]:
+    """Make a tensor-parallel part compute the whole network, with gradients; names of what is cut.
+
+    Args:
+        network: a part, as `Network.part` has it, with its weights.
+        plan: of its class.
+        whole: shapes of the whole network's parameters.
+        mesh: of the axis `tp`.
+    """
+    cut = set()
+    for path, layer in network.named_modules():
+        for name, parameter in [*layer.named_parameters(recurse=False)]:
+            key = f"{path}.{name}" if path else name
+            axes = [a for a, n in enumerate(parameter.shape) if n != whole[key][a]]
+            if not axes:
+                continue
+            shard = DTensor.from_local(parameter.detach(), mesh, [Shard(axes[0])])
+            setattr(layer, name, nn.Parameter(shard, parameter.requires_grad))
+            cut.add(key)
+        if f"{path}.weight" in cut:
+            ways = [way for pattern, way in plan.joined.items() if fnmatchcase(path, pattern)]
+            source = Shard(-1) if ways == ["sum"] else Replicate()
+            leave: Any = partial(_leave, bool(ways))
+            distribute_module(layer, mesh, None, partial(_enter, source), leave)
+    return frozenset(cut)
+
+
+def _enter(source: Any, _: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> Any:
+    return tuple(DTensor.from_local(x, mesh, [source], run_check=False) for x in inputs)
+
+
+def _leave(joined: bool, _: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+    """A layer's output: whole, or this process's heads or channels."""
+    if joined:
+        output = output.redistribute(mesh, [Replicate()])
+    value: Tensor = output.to_local()
+    return value
+
+
+def shard_weights(
+    module: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], compute: torch.dtype
+) -> None:
+    """Spread the weights of a module over the processes of `dp`.
+
+    Args:
+        module: its `forward` is what is called; weights are of the optimizer's precision.
+        mesh: of the axis `dp`.
+        units: modules in it whose weights are gathered when they are called.
+        compute: precision of the gathered weights.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for unit in (*units, module):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+
+
+def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters, one at a time, in all processes."""
+    for name, parameter in module.named_parameters():
+        value = parameter.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
