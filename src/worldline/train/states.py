@@ -1,0 +1,183 @@
+"""States of a run on disk, from which a killed one goes on: written whole or not at all.
+
+A state is a folder of torch's distributed checkpoint, to which every process writes its own part,
+and from which any number of processes can read. It gets its name once all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import checkpoint
+
+from worldline.errors import CheckpointError, Error, InputError, one_line, strerror
+from worldline.files import readable_size, remove, remove_stale, temporary_name
+from worldline.parallel.mesh import ALONE, Axis
+
+dcp: Any = checkpoint  # which does not declare what it exports
+FACTS = "run.json"  # of a state: what is no tensor
+_NAME = re.compile(r"iter_(\d{9})\.state")
+
+
+@dataclass
+class States:
+    """States of one run, `iter_{step}.state`, of which the newest and some others are kept.
+
+    Attributes:
+        folder: of the states.
+        ranks: processes that write together.
+        keep_last: number of the newest ones that are kept.
+        keep_every: those of steps that it divides are kept, too; 0 keeps none for that.
+        finished: called in the first process, with a step, once its state is whole.
+    """
+
+    folder: Path
+    ranks: Axis = ALONE.world
+    keep_last: int = 1
+    keep_every: int = 0
+    finished: Callable[[int], None] = lambda step: None
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "state"))
+    _pending: Future[None] | None = None
+
+    def __post_init__(self) -> None:
+        self._ranks = self.ranks.apart()  # a thread must not talk between two words of another
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"iter_{step:09}.state"
+
+    def steps(self) -> list[int]:
+        """Steps that have a whole state, rising."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+    def check_room(self, tensors: Mapping[str, Tensor], beside: int = 0) -> None:
+        """Refuse to begin where the disk has no room for a state.
+
+        Args:
+            tensors: of a state; those of this process count.
+            beside: bytes of other files that are written with it.
+
+        Raises:
+            InputError: in all processes; both sizes are named.
+        """
+        own = sum(_local(tensor).nbytes for tensor in tensors.values())
+        need = beside + sum(self.ranks.every(own))
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if self.ranks.any(free < need):
+            raise InputError(
+                f"{self.folder}: a state takes {readable_size(need)}, and the disk has "
+                f"{readable_size(free)}; free some, or set checkpoint.save_state=false"
+            )
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a state in the background, once the one before is whole.
+
+        Args:
+            step: number of steps that are done.
+            tensors: copied before this returns.
+            facts: what a run needs beside tensors, as JSON.
+
+        Raises:
+            Error: the one before could not be written.
+        """
+        self.wait()
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        path = self.path(step)
+        temporary = Path(self.ranks.once(lambda: str(temporary_name(path))))
+        text = json.dumps(dict(facts))
+        self._pending = self._writer.submit(self._write, step, temporary, copies, text)
+
+    def wait(self) -> None:
+        """Return once everything is on the disk.
+
+        Raises:
+            Error: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, temporary: Path, tensors: dict[str, Tensor], facts: str) -> None:
+        try:
+            if self._ranks.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_stale(self.path(step))
+            writer = dcp.FileSystemWriter(temporary, sync_files=True)
+            with _quiet():
+                dcp.save(tensors, storage_writer=writer, **_together(self._ranks))
+            if self._ranks.first:
+                (temporary / FACTS).write_text(facts)
+                remove(self.path(step))  # of a run that went back
+                temporary.replace(self.path(step))
+                self.finished(step)
+                self._prune(step)
+        except BaseException as error:  # torch's own is no Exception
+            if self._ranks.first:
+                remove(temporary)
+            [reason, *_] = [one for one, _ in getattr(error, "failures", {}).values()] or [error]
+            reason = strerror(reason) if isinstance(reason, OSError) else one_line(reason)
+            raise Error(f"{self.folder}: a state cannot be written: {reason}") from error
+
+    def _prune(self, newest: int) -> None:
+        steps = [step for step in self.steps() if step <= newest]
+        for step in steps[: -max(1, self.keep_last)]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                remove(self.path(step))
+
+    def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read a state into tensors, in place; its facts.
+
+        Raises:
+            CheckpointError: it is of another model or optimizer, or damaged.
+        """
+        path = self.path(step)
+        try:
+            facts: dict[str, Any] = json.loads((path / FACTS).read_text())
+            reader = dcp.FileSystemReader(path)
+            stored = {name: tuple(each.size) for name, each in _sizes(reader).items()}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if stored != wanted:
+            different = sorted(
+                name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name)
+            )
+            raise CheckpointError(
+                f"{path} is the state of another model or optimizer (of {len(different)} tensors "
+                f"the first is {different[0]}); choose another folder"
+            )
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=reader, **_together(self.ranks))
+        return facts
+
+
+def _together(ranks: Axis) -> dict[str, Any]:
+    return {"process_group": ranks.group, "no_dist": ranks.count == 1}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is asked for
+        yield
+
+
+def _sizes(reader: Any) -> dict[str, Any]:
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    return {name: entry for name, entry in entries.items() if hasattr(entry, "size")}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "to_local", lambda: tensor)()

@@ -1,0 +1,151 @@
+"""States are whole or absent, kept as asked, and read by any number of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from tests.ranks import Together
+from worldline.errors import CheckpointError, Error, InputError
+from worldline.parallel.mesh import Axis
+from worldline.train.states import FACTS, States
+
+
+def tensors(step: int) -> dict[str, Tensor]:
+    torch.manual_seed(step)
+    return {"weights/a": torch.randn(7, 5), "moments/a": torch.randn(7, 5), "b": torch.tensor(step)}
+
+
+def empty() -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
+
+
+def test_a_state_is_restored_with_its_facts(tmp_path: Path) -> None:
+    states, changed = States(tmp_path / "run"), tensors(3)
+    states.save(3, changed, {"position": {"epoch": 2}})
+    changed["weights/a"].zero_()  # after the copy
+    states.wait()
+    found = empty()
+    assert states.restore(3, found) == {"position": {"epoch": 2}}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors(3).items())
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "kept"),
+    [(1, 0, [9]), (2, 0, [8, 9]), (1, 3, [3, 6, 9]), (3, 4, [4, 7, 8, 9])],
+)
+def test_some_are_kept(tmp_path: Path, last: int, every: int, kept: list[int]) -> None:
+    done: list[int] = []
+    states = States(tmp_path, keep_last=last, keep_every=every, finished=done.append)
+    for step in range(1, 10):
+        states.save(step, tensors(step), {})
+    states.wait()
+    assert states.steps() == kept
+    assert done == [*range(1, 10)]
+    assert {path.name for path in tmp_path.iterdir()} == {states.path(s).name for s in kept}
+
+
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    states.save(1, tensors(1), {})
+    states.wait()
+    other = {**empty(), "weights/a": torch.zeros(7, 6)}
+    with pytest.raises(CheckpointError, match=r"of 1 tensors the first is weights/a"):
+        states.restore(1, other)
+    (states.path(1) / FACTS).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        states.restore(1, empty())
+
+
+def test_what_cannot_be_written_leaves_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full in the middle of a file."""
+    states = States(tmp_path)
+    states.save(1, tensors(1), {})
+    states.wait()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    states.save(2, tensors(2), {})
+    with pytest.raises(Error, match="cannot be written"):
+        states.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [states.path(1).name]
+
+
+def test_no_room_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = States(tmp_path / "new")
+    states.check_room(tensors(0))
+    with pytest.raises(InputError, match=r"takes 1000000\.0 GB"):
+        states.check_room(tensors(0), beside=10**15)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from worldline.train.states import States
+states = States(Path(sys.argv[1]), keep_last=2)
+for step in range(1, 1000):
+    states.save(step, {"a": torch.full((1 << 20,), float(step))}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kills_leave_whole_states(tmp_path: Path) -> None:
+    """Kills at moments of all kinds."""
+    states = States(tmp_path)
+    for turn in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.01 + 0.031 * turn)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for step in states.steps():
+            found = {"a": torch.zeros(1 << 20)}
+            assert states.restore(step, found) == {"step": step}
+            assert bool((found["a"] == step).all())
+
+
+def share(axis: Axis, folder: Path) -> dict[str, Tensor]:
+    """Save rows of a tensor, and read them back as columns."""
+    mesh = init_device_mesh("cpu", (axis.count,))
+    rows = {
+        name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in tensors(5).items() if t.ndim
+    }
+    states = States(folder, axis)
+    states.save(5, rows, {"count": axis.count})
+    states.wait()
+    axis.any(False)
+    columns: dict[str, Tensor] = {
+        name: distribute_tensor(torch.zeros_like(t), mesh, [Shard(1)])
+        for name, t in tensors(5).items()
+        if t.ndim
+    }
+    assert states.restore(5, columns) == {"count": axis.count}
+    return {n: t.full_tensor() for n, t in columns.items() if isinstance(t, DTensor)}
+
+
+@pytest.mark.slow
+def test_two_write_what_any_number_reads(two: Together, tmp_path: Path) -> None:
+    wanted = {name: tensor for name, tensor in tensors(5).items() if tensor.ndim}
+    for found in two(share, tmp_path):
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    alone = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    assert States(tmp_path).restore(5, alone) == {"count": 2}
+    assert all(torch.equal(alone[name], tensor) for name, tensor in wanted.items())
