@@ -21,7 +21,8 @@ from worldline.families.autoregressive.weights import KEYS, open_network
 from worldline.losses import next_token_labels, next_token_loss
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.train.loop import LoopConfig, Objective, generator
+from worldline.train.loop import Objective, generator
+from worldline.train.optim import Rising
 
 _HELD_OUT_TOGETHER = 128  # clips
 
@@ -69,15 +70,14 @@ def autoregressive(run: Run, tokenizer: Path, text: Path | None) -> None:
             losses = [sequence_loss(model, positions, *rows) for rows in batches]
         return {"held_out": torch.stack(losses).mean()}
 
-    plan = LoopConfig(
-        steps=run.steps or 20_000,
-        learning_rate=run.rate or 3e-3,
+    plan = run.loop(
+        20_000,
+        3e-3,
         warmup=500,
         weight_decay=0.05,
         betas=(0.9, 0.95),
         orthogonal=("layers.*.weight",),
-        average_decay=0.9995,
-        graphed=run.graphed,
+        average=Rising(0.9995),
     )
     done = run.train(model, Objective(draw=draw, loss=loss, watch=watch, watch_every=500), plan)
     if run.ranks.first:

@@ -19,7 +19,8 @@ from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
-from worldline.train.loop import LoopConfig, Objective, generator
+from worldline.train.loop import Objective, generator
+from worldline.train.optim import Rising
 
 # Shares of clips with no conditioning latent frame, one (an image), or two: the fewer, the more
 # there is to learn.
@@ -53,15 +54,14 @@ def train_denoiser(
         parts = [loss(*batch)[0].detach() for batch in batches]
         return {"held_out": torch.stack(parts).mean()}
 
-    config = LoopConfig(
-        steps=run.steps or 20_000,
-        learning_rate=run.rate or 4e-3,
+    config = run.loop(
+        20_000,
+        4e-3,
         warmup=500,
         weight_decay=0.01,
         betas=(0.9, 0.98),
         orthogonal=("transformer.blocks.*.body.*.weight",),
-        average_decay=0.9995,
-        graphed=run.graphed,
+        average=Rising(0.9995),
     )
     objective = Objective(draw=functools.partial(draw, pool), loss=loss, watch=watch)
     done = run.train(model, objective, config)

@@ -20,7 +20,7 @@ from worldline.losses import (
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.train.loop import LoopConfig, Objective, generator
+from worldline.train.loop import Objective, generator
 
 VideoTokenizer = CosmosTokenizer | WanTokenizer
 
@@ -66,10 +66,7 @@ def train_reconstruction(
             value, error = measure(model, objective, clips, noise)
         return value, {"psnr": -10 * error.log10()}
 
-    plan = LoopConfig(
-        steps=run.steps or 12_000, learning_rate=run.rate or 1.5e-3, graphed=run.graphed
-    )
-    return run.train(model, Objective(draw=draw, loss=loss), plan)
+    return run.train(model, Objective(draw=draw, loss=loss), run.loop(12_000, 1.5e-3))
 
 
 def cut(clips: Tensor, piece: VideoShape, draws: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from tiny.export import draw_weights
 from worldline.parallel import job
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.train.loop import LoopConfig, Objective, fit
+from worldline.train.optim import Cosine
 from worldline.weights.networks import Network
 
 log = logging.getLogger(__name__)
@@ -107,12 +108,19 @@ class Run:
         draw_weights(model)
         return model.to(self.device)
 
+    def loop(self, steps: int, rate: float, *, warmup: int = 200, **options: Any) -> LoopConfig:
+        """Length, optimizer and log of a run, by default of so many steps at this peak rate."""
+        steps, peak = self.steps or steps, self.rate or rate
+        decay = Cosine(peak=peak, warmup=warmup, decay=steps, floor=peak / 100, early=True)
+        return LoopConfig(steps=steps, rate=decay, graphed=self.graphed, **options)
+
     def train(self, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
         """Train, leave the averaged weights in the model; the number of steps done."""
         done, average = fit(
             model, objective, config, self.folder, seconds=self.seconds, ranks=self.ranks
         )
-        average.swap()
+        if average:
+            average.swap()
         return done
 
     def report(self, figures: dict[str, Any]) -> None:

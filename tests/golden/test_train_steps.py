@@ -29,14 +29,7 @@ from worldline.families.predict2_5 import weights as flow_weights
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.losses import IGNORED
 from worldline.sampling.edm import SIGMA_DATA, precondition
-from worldline.train.optim import (
-    PowerAverage,
-    clip_gradients,
-    cosine_rate,
-    linear_factor,
-    power_decay,
-    power_exponent,
-)
+from worldline.train.optim import Average, Cosine, Linear, Power, make_optimizer
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.stream import load_into
 
@@ -83,14 +76,14 @@ def check_step(
         if f"{prefix}grad.{name}" in case:
             assert parameter.grad is not None, name
             case.compare(f"{prefix}grad.{name}", parameter.grad)
-    norm = clip_gradients([*trained.parameters()], stated["grad_clip_norm"])
+    norm = nn.utils.clip_grad_norm_(trained.parameters(), stated["grad_clip_norm"])
     [norm_name] = (
         case.names(f"{prefix}grad_norm*")
         if prefix
         else [name for name in case.names("grad_norm*") if name != "grad_norms_no_z"]
     )
     case.compare(norm_name, norm)
-    average = PowerAverage(trained, 0.1)
+    average = Average(dict(trained.named_parameters()), Power(0.1))
     optimizer.step()
     average.set_weight(1)
     average.update()
@@ -101,14 +94,16 @@ def check_step(
     assert all(torch.allclose(value, parameter, rtol=1e-6) for value, parameter in averages)
 
 
-def adamw(trained: nn.Module, stated: Mapping[str, Any], rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        trained.parameters(),
-        lr=rate,
+def adamw(trained: nn.Module, stated: Mapping[str, Any], rate: float) -> torch.optim.Optimizer:
+    optimizer = make_optimizer(
+        dict(trained.named_parameters()),
         betas=tuple(stated["betas"]),
         eps=stated["eps"],
         weight_decay=stated["weight_decay"],
+        decay_all=True,
     )
+    optimizer.defaults["lr"].fill_(rate)
+    return optimizer
 
 
 def check_run(
@@ -121,18 +116,18 @@ def check_run(
 ) -> None:
     """Several steps: rates, losses, norms, final parameters and averages."""
     sequence = stated["seq"]
-    accumulated = sequence.get("grad_accum_iter", 1)
+    accumulated, most = sequence.get("grad_accum_iter", 1), stated["one_step"]["grad_clip_norm"]
     optimizer = adamw(trained, stated["one_step"], 0.0)
-    average = PowerAverage(trained, 0.1)
+    average = Average(dict(trained.named_parameters()), Power(0.1))
     rates, values, norms, done = [], [], [], 0
     for micro, loss in zip(range(sequence["iterations"]), losses, strict=False):
         rates.append(rate(done))
-        optimizer.param_groups[0]["lr"] = rates[-1]
+        optimizer.defaults["lr"].fill_(rates[-1])
         (loss / accumulated).backward()
         values.append(loss.detach())
         if (micro + 1) % accumulated:
             continue
-        norms.append(clip_gradients([*trained.parameters()], stated["one_step"]["grad_clip_norm"]))
+        norms.append(nn.utils.clip_grad_norm_(trained.parameters(), most))
         optimizer.step()
         optimizer.zero_grad()
         average.set_weight(micro + 1)  # the reference counts batches here
@@ -223,12 +218,12 @@ def test_next_token_schedule(case: Case, schedule: str) -> None:
     batches, optimizer = case.tensor("sched.tokens"), adamw(trained, stated, 0.0)
     rates, losses, norms = [], [], []
     for step in range(steps):
-        rates.append(cosine_rate(step, peak=stated["lr"], warmup=warmup, decay=decay))
-        optimizer.param_groups[0]["lr"] = rates[-1]
+        rates.append(Cosine(peak=stated["lr"], warmup=warmup, decay=decay)(step))
+        optimizer.defaults["lr"].fill_(rates[-1])
         loss = sum(ar_losses(case, trained, batches[step]))
         loss.backward()  # type: ignore[union-attr]
         losses.append(loss.detach())  # type: ignore[union-attr]
-        norms.append(clip_gradients([*trained.parameters()], stated["grad_clip_norm"]))
+        norms.append(nn.utils.clip_grad_norm_(trained.parameters(), stated["grad_clip_norm"]))
         optimizer.step()
         optimizer.zero_grad()
     case.compare(f"{prefix}lr", torch.tensor(rates, dtype=torch.float64))
@@ -365,15 +360,12 @@ def test_denoising_run(case: Case, variant: str) -> None:
             batch = dit_batch(case, variant, prefix, at)
             yield objective.loss(network, trained.parts["uncertainty"], batch, draws).mean()  # type: ignore[arg-type]
 
-    def rate(step: int) -> float:
-        return float(sequence["lr"] * factor(step, sequence))
-
-    check_run(case, trained, losses(), f"{variant}.", stated, rate)
+    check_run(case, trained, losses(), f"{variant}.", stated, rate(sequence))
 
 
-def factor(step: int, stated: Mapping[str, Any]) -> float:
-    return linear_factor(
-        step,
+def rate(stated: Mapping[str, Any]) -> Linear:
+    return Linear(
+        peak=stated["lr"],
         warmup=stated["warm_up_steps"],
         cycle=stated.get("cycle_length", 1e13),
         start=stated["f_start"],
@@ -387,18 +379,18 @@ def factor(step: int, stated: Mapping[str, Any]) -> float:
 def test_denoising_rates(case: Case, variant: str) -> None:
     if not (stated := case.spec[variant].get("lr_real")):
         return
-    for step, rate in zip(stated["iterations"], stated["lr"], strict=True):
-        ours = stated["base_lr"] * linear_factor(step, warmup=2500, cycle=1e13)
-        assert ours == pytest.approx(rate, rel=1e-9)
+    ours = Linear(peak=stated["base_lr"], warmup=2500)
+    for step, theirs in zip(stated["iterations"], stated["lr"], strict=True):
+        assert ours(step) == pytest.approx(theirs, rel=1e-9)
 
 
 @pytest.mark.parametrize("case", DENOISING, ids=str)
 def test_powers_of_averages(case: Case) -> None:
     for deviation, stated in case.spec["ema_power"].items():
-        exponent = power_exponent(float(deviation))
-        assert exponent == pytest.approx(stated["exponent"], rel=1e-9)
+        decay = Power(float(deviation))
+        assert decay.exponent == pytest.approx(stated["exponent"], rel=1e-9)
         for step, beta in stated["beta_at_iteration"].items():
-            assert power_decay(int(step) + 1, exponent) == pytest.approx(beta, rel=1e-6)
+            assert decay(int(step) + 1) == pytest.approx(beta, rel=1e-6)
 
 
 # --- flow ---------------------------------------------------------------------------------------
@@ -478,10 +470,7 @@ def test_flow_run(case: Case) -> None:
         for at in count():
             yield flow_objective(case).loss(network, *flow_inputs(case, "seq.", at)).mean()
 
-    def rate(step: int) -> float:
-        return float(sequence["lr"] * factor(step, sequence))
-
-    check_run(case, trained, losses(), "", case.spec, rate)
+    check_run(case, trained, losses(), "", case.spec, rate(sequence))
 
 
 @pytest.mark.parametrize("case", FLOW, ids=str)
@@ -497,16 +486,16 @@ def test_flow_levels(case: Case) -> None:
     case.compare("high.sigma", levels[:, None])
     case.compare("high.timesteps", 1000 * levels[:, None])
     real = case.spec["lr_real"]
-    for step, rate in zip(real["iterations"], real["lr"], strict=True):
-        ours = linear_factor(
-            step,
-            warmup=real["warm_up_steps"][0],
-            cycle=real["cycle_lengths"][0],
-            start=real["f_start"],
-            top=real["f_max"],
-            end=real["f_min"],
-        )
-        assert real["base_lr"] * ours == pytest.approx(rate, rel=1e-9)
+    ours = Linear(
+        peak=real["base_lr"],
+        warmup=real["warm_up_steps"][0],
+        cycle=real["cycle_lengths"][0],
+        start=real["f_start"],
+        top=real["f_max"],
+        end=real["f_min"],
+    )
+    for step, theirs in zip(real["iterations"], real["lr"], strict=True):
+        assert ours(step) == pytest.approx(theirs, rel=1e-9)
 
 
 @pytest.mark.parametrize("case", [*AUTOREGRESSIVE, *DENOISING, *FLOW], ids=str)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.ranks import Together
+from tests.states import read_state
 from worldline.parallel.mesh import Axis
-from worldline.train.loop import STATE, LoopConfig, Objective, fit, generator
+from worldline.train.loop import LoopConfig, Objective, fit, generator
+from worldline.train.optim import Cosine
 
-CONFIG = LoopConfig(steps=6, learning_rate=0.05, warmup=2, log_every=2, save_every=4)
+RATE = Cosine(peak=0.05, warmup=2, decay=6, early=True)
+CONFIG = LoopConfig(steps=6, rate=RATE, log_every=2, save_every=4)
 
 
 def train(ranks: Axis, folder: Path, late: int | None = None) -> int:
@@ -35,7 +37,7 @@ def train(ranks: Axis, folder: Path, late: int | None = None) -> int:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    tensors = load_file(folder / STATE)
+    tensors = read_state(folder)
     return {name: tensor for name, tensor in tensors.items() if name.startswith("weights/")}
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import worldline
+from tests.states import read_state
 from tiny import sizes
 from tiny.__main__ import main
 from tiny.autoregressive import sequence_loss
@@ -38,7 +39,7 @@ from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.train.loop import STATE
+from worldline.train.states import States
 from worldline.weights.checkpoint import open_checkpoint
 
 
@@ -132,13 +133,13 @@ def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> No
 def diffusion(folder: Path, latents: Path, steps: int, *more: object) -> dict[str, Tensor]:
     words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("diffusion", "--folder", folder, "--tokenizer", latents, *words, *more)
-    return load_file(folder / STATE)
+    return read_state(folder)
 
 
 def test_a_cut_diffusion_run_goes_on_bit_for_bit(tmp_path: Path, latents: Path) -> None:
     whole = diffusion(tmp_path / "whole", latents, 3)
     diffusion(tmp_path / "cut", latents, 3, "--seconds", 0)
-    assert open_checkpoint(tmp_path / "cut" / STATE).metadata["step"] == "1"
+    assert States(tmp_path / "cut").steps() == [1]
     cut = diffusion(tmp_path / "cut", latents, 3)
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

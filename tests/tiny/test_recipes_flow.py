@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
+from tests.states import read_state
 from tiny import reconstruction, sizes
 from tiny.clips import as_video
 from tiny.denoiser import rounded_to
@@ -36,8 +36,8 @@ from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import open_wan
-from worldline.train.loop import STATE, Objective
-from worldline.weights.checkpoint import open_checkpoint
+from worldline.train.loop import Objective
+from worldline.train.states import States
 
 from .test_recipes import draw_frames, run
 
@@ -73,7 +73,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, tokenizer: Path, steps: int, *more: object) -> dict[str, Tensor]:
     words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("flow", "--folder", folder, "--tokenizer", tokenizer, *words, *more)
-    return load_file(folder / STATE)
+    return read_state(folder)
 
 
 def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path) -> None:
@@ -214,7 +214,7 @@ def test_the_text_encoder_learns_with_the_transformer() -> None:
 def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path, tokenizer: Path) -> None:
     whole = train(tmp_path / "whole", tokenizer, 3)
     train(tmp_path / "cut", tokenizer, 3, "--seconds", 0)
-    assert open_checkpoint(tmp_path / "cut" / STATE).metadata["step"] == "1"
+    assert States(tmp_path / "cut").steps() == [1]
     cut = train(tmp_path / "cut", tokenizer, 3)
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

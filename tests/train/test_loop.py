@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.train.loop import STATE, LoopConfig, Objective, fit, generator
-from worldline.train.optim import (
-    Average,
-    make_optimizer,
-    orthogonalise,
-    warmup_cosine,
-)
-from worldline.weights.checkpoint import open_checkpoint
+from worldline.train.loop import LoopConfig, Objective, fit, generator
+from worldline.train.optim import Average, Cosine, Rising, make_optimizer, orthogonalise, trainable
+from worldline.train.states import States
 
-CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=3, log_every=4, save_every=5)
+RATE = Cosine(peak=0.05, warmup=3, decay=12, floor=5e-4, early=True)
+CONFIG = LoopConfig(steps=12, rate=RATE, log_every=4, save_every=5)
 
 
 def small() -> nn.Module:
@@ -49,6 +45,7 @@ def train(
         return (model(x).squeeze(-1) - x.sum(-1)).square().mean(), {"largest": x.max()}
 
     _, average = fit(model, Objective(draw=draw, loss=loss), config, folder)
+    assert average is not None
     return model, average
 
 
@@ -77,8 +74,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, orthogonal: tuple[str,
 
 def test_one_state_is_kept_and_the_log_is_json(tmp_path: Path) -> None:
     train(tmp_path, CONFIG)
-    assert open_checkpoint(tmp_path / STATE).metadata["step"] == "12"
-    assert {path.name for path in tmp_path.iterdir()} == {STATE, "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_000000012.state", "log.jsonl"}
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -113,7 +109,7 @@ def test_muon_takes_the_matrices_it_is_given_and_adamw_the_rest() -> None:
     plain, mixed = small(), small()
     for model, orthogonal in ((plain, ()), (mixed, ("0.*",))):
         optimizer = make_optimizer(
-            model, betas=(0.9, 0.99), weight_decay=0.0, orthogonal=orthogonal
+            trainable(model), betas=(0.9, 0.99), weight_decay=0.0, orthogonal=orthogonal
         )
         optimizer.defaults["lr"].fill_(0.01)
         model(torch.ones(1, 4)).sum().backward()
@@ -130,7 +126,9 @@ def test_steps_of_muon_by_hand() -> None:
     for name, shape in shapes.items():
         setattr(model, name, nn.Parameter(torch.randn(shape)))
     rate, decay = 0.1, 0.5
-    optimizer = make_optimizer(model, betas=(0.9, 0.99), weight_decay=decay, orthogonal=("*",))
+    optimizer = make_optimizer(
+        trainable(model), betas=(0.9, 0.99), weight_decay=decay, orthogonal=("*",)
+    )
     optimizer.defaults["lr"].fill_(rate)
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     momenta = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -153,7 +151,7 @@ def test_steps_of_muon_by_hand() -> None:
 
 def test_a_pattern_that_fits_no_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no matrix to train has a name like 7\.\*"):
-        make_optimizer(small(), betas=(0.9, 0.99), weight_decay=0.0, orthogonal=("7.*",))
+        make_optimizer(trainable(small()), betas=(0.9, 0.99), weight_decay=0.0, orthogonal=("7.*",))
 
 
 def test_held_out_figures_are_logged_when_they_are_due(tmp_path: Path) -> None:
@@ -181,11 +179,12 @@ def test_a_run_stops_in_time_and_saves(tmp_path: Path) -> None:
     model = small()
     done, _ = fit(model, summed(model), CONFIG, tmp_path, seconds=0)
     assert done == 1
-    assert open_checkpoint(tmp_path / STATE).metadata["step"] == "1"
+    assert States(tmp_path).steps() == [1]
 
 
 def test_step_sizes_rise_and_fall() -> None:
-    rates = [warmup_cosine(s, peak=1.0, warmup=10, total=110) for s in range(111)]
+    rate = Cosine(peak=1.0, warmup=10, decay=110, floor=0.01, early=True)
+    rates = [rate(step) for step in range(111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.505)
@@ -196,7 +195,7 @@ def test_step_sizes_rise_and_fall() -> None:
 def test_an_average_follows_and_swaps_back() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average = Average(model, 0.9)
+    average = Average(trainable(model), Rising(0.9))
     nn.init.ones_(model.weight)
     average.set_weight(1_000_000)
     average.update()

@@ -1,25 +1,34 @@
-"""The training loop, for any objective."""
+"""The training loop, for any objective, on one process or on many.
+
+It knows a module, batches by their numbers and a loss; what is trained, of what, and where its
+files go is its caller's. A state holds all that the next step depends on.
+"""
+
+from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from worldline.errors import CheckpointError
+from worldline.errors import NonFiniteError
 from worldline.parallel.mesh import ALONE, Axis
-from worldline.train.optim import Average, make_optimizer, warmup_cosine
-from worldline.weights.checkpoint import open_checkpoint, save
+from worldline.train.optim import Average, Decay, Rate, Rising, make_optimizer, trainable
+from worldline.train.sharding import Sharded, local
+from worldline.train.states import States
 
 log = logging.getLogger(__name__)
 
 Figures = dict[str, Tensor]  # of shape ()
-STATE = "state.safetensors"  # all that a killed run needs to go on bit for bit
 _WARM_UPS = 3  # passes before a graph is recorded: libraries and compilers set themselves up
 
 
@@ -28,16 +37,22 @@ class Objective:
     """What a run minimises.
 
     Attributes:
-        draw: step -> tensors of its batch, a function of the step alone; of the same shapes and on
-            the module's device at every step.
+        draw: number of a batch, from 0 -> its tensors, on the module's device; a graph needs the
+            same shapes at every step. What it draws follows from the number and the position.
         loss: (*batch) -> the loss, and figures for the log.
         watch: () -> further figures, of held-out clips, every `watch_every` steps.
+        position: () -> where the data stands, as JSON, beside the number of the next batch.
+        restore: a position -> the data stands there.
+        named: number of a batch -> words for what it holds.
     """
 
     draw: Callable[[int], tuple[Tensor, ...]]
     loss: Callable[..., tuple[Tensor, Figures]]
     watch: Callable[[], Figures] | None = None
     watch_every: int = 1000
+    position: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[dict[str, Any]], None] = lambda position: None
+    named: Callable[[int], str] = lambda number: f"batch {number}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +60,33 @@ class LoopConfig:
     """Length, optimizer and log of a run.
 
     Attributes:
+        steps: length of the whole run.
+        rate: learning rate by step.
+        weight_decay: of matrices and kernels, of all parameters with `decay_all`.
         orthogonal: patterns of the names of matrices that Muon trains in AdamW's place.
+        clip: largest norm of the gradient.
+        average: decay of the averaged weights; None keeps none.
+        accumulate: batches of a step.
         log_every: steps between lines of `log.jsonl`; held-out figures have lines too.
+        keep_last: states that are kept, the newest; further ones of every `keep_every` steps.
         graphed: record a step as one CUDA graph. The step of a small model is otherwise bound by
             the launches of its many small kernels.
     """
 
-    steps: int  # length of the whole run; the learning rate falls to its end
-    learning_rate: float  # its peak
-    warmup: int = 200  # steps of linear rise
-    weight_decay: float = 0.01  # of matrices and kernels
-    betas: tuple[float, float] = (0.9, 0.99)  # AdamW's
+    steps: int
+    rate: Rate
+    weight_decay: float = 0.01
+    decay_all: bool = False
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
     orthogonal: tuple[str, ...] = ()
-    clip: float = 1.0  # largest norm of the gradient
-    average_decay: float = 0.999  # of the averaged weights
+    clip: float = 1.0
+    average: Decay | None = field(default_factory=lambda: Rising(0.999))
+    accumulate: int = 1
     log_every: int = 50
     save_every: int = 1000
+    keep_last: int = 1
+    keep_every: int = 0
     graphed: bool = False
 
 
@@ -72,135 +98,240 @@ def fit(
     *,
     seconds: float | None = None,
     ranks: Axis = ALONE.world,
-) -> tuple[int, Average]:
-    """Train `module` in place, from the state in `folder` if there is one.
+    sharded: Sharded | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> tuple[int, Average | None]:
+    """Train `module` in place, from the newest state in `folder` if there is one.
 
     A run cut anywhere and started again gives the same weights as one that was not cut.
 
     Args:
-        module: float32; the objective's loss depends on its parameters.
-        objective: draws its batch from the step number alone.
+        module: of weights in the optimizer's precision; the loss depends on its parameters.
+        objective: draws its batches.
         config: of the whole run.
         folder: states and `log.jsonl`.
         seconds: stop (and save) after this time, counted from the call; the next call goes on.
-        ranks: processes that train together: gradients are averaged over them, the first saves and
-            logs. Their modules start equal, their objectives draw different batches.
+        ranks: processes that train together; the first logs. Their modules start equal, their
+            objectives draw different batches, and without `sharded` gradients are averaged here.
+        sharded: how they share the module.
+        stopping: whether to stop (and save) after this step, asked after each.
 
     Returns:
         The number of steps done, and the averaged weights.
-    """
-    entered = time.monotonic()
-    optimizer = make_optimizer(
-        module, betas=config.betas, weight_decay=config.weight_decay, orthogonal=config.orthogonal
-    )
-    average = Average(module, config.average_decay)
-    state = _state(module, average, optimizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = step = _restore(state, folder / STATE)
-    module.train()
-    parameters = [*average.parameters.values()]
 
-    def backward(*batch: Tensor) -> Figures:
-        loss, figures = objective.loss(*batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        ranks.average(p.grad for p in parameters if p.grad is not None)
+    Raises:
+        NonFiniteError: the loss or a gradient is; the batches are named.
+        CheckpointError: the state is of another model or optimizer.
+    """
+    return Run(module, objective, config, folder, ranks, sharded).go(seconds, stopping)
+
+
+class Run:
+    """A module, its optimizer and averages, and the states on disk.
+
+    Attributes:
+        parameters: what this process holds of each parameter that is trained, by name.
+        step: steps done.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        config: LoopConfig,
+        folder: Path,
+        ranks: Axis,
+        sharded: Sharded | None,
+    ) -> None:
+        self.module, self.objective, self.config = module, objective, config
+        self.folder, self.ranks, self.sharded = folder, ranks, sharded
+        self.whole = trainable(module)
+        self.parameters = {name: _held(parameter) for name, parameter in self.whole.items()}
+        self.optimizer = make_optimizer(
+            self.parameters,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            decay_all=config.decay_all,
+            orthogonal=config.orthogonal,
+        )
+        self.average = config.average and Average(self.parameters, config.average)
+        self.states = States(folder, ranks, config.keep_last, config.keep_every)
+        self.step = 0
+        device = next(iter(self.parameters.values())).device
+        # on the device, where a graph finds them: this step, the first one that is not finite
+        self.now, self.failed = torch.full((2,), -1, device=device).unbind()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a run changes in place: weights, averages and moments, by kind and name."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.whole.items():
+            kinds = {"weights": self.parameters[name].detach()}
+            if self.average:
+                kinds["average"] = self.average.values[name]
+            kinds |= self.optimizer.state.get(self.parameters[name], {})
+            state |= {f"{kind}/{name}": _spread(value, parameter) for kind, value in kinds.items()}
+        return state
+
+    def restore(self) -> None:
+        """Go back to the newest state, if there is one."""
+        if steps := self.states.steps():
+            facts = self.states.restore(steps[-1], self.state())
+            self.step = steps[-1]
+            self.objective.restore(facts["position"])
+
+    def go(self, seconds: float | None, stopping: Callable[[], bool]) -> tuple[int, Average | None]:
+        entered, config, objective = time.monotonic(), self.config, self.objective
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.restore()
+        self.module.train()
+        first, advance = self.step, self._advance
+        if config.graphed:
+            advance = self._recorded(objective.draw(self.step))
+        # the first process writes for all
+        lines = _lines(self.folder / "log.jsonl") if self.ranks.first else nullcontext(None)
+        with lines as write:
+            while self.step < config.steps:
+                self.now.fill_(self.step)
+                self.optimizer.defaults["lr"].fill_(rate := config.rate(self.step))
+                if self.average:
+                    self.average.set_weight(self.step + 1)
+                numbers = range(self.step * config.accumulate, (self.step + 1) * config.accumulate)
+                figures = advance(*map(objective.draw, numbers))
+                self.step += 1
+                last = self.step == config.steps
+                logged = last or self.step % config.log_every == 0
+                watch = None if self.step % objective.watch_every else objective.watch
+                seconds_done = time.monotonic() - entered
+                if logged or watch:
+                    self._check_finite()
+                if (logged or watch) and write is not None:
+                    figures = figures | (watch() if watch else {})
+                    speed = (self.step - first) / seconds_done
+                    write({**figures, "step": self.step, "rate": rate, "steps_per_second": speed})
+                late = stopping() or (seconds is not None and seconds_done > seconds)
+                if self.ranks.count > 1:  # all stop at one step; each step would wait for others
+                    late = logged and self.ranks.any(late)
+                if last or late or self.step % config.save_every == 0:
+                    self._check_finite()
+                    self.states.save(self.step, self.state(), {"position": objective.position()})
+                if late:
+                    break
+        self.states.wait()
+        return self.step, self.average
+
+    def _advance(self, *batches: tuple[Tensor, ...]) -> Figures:
+        """One step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.whole.values():
+            parameter.grad = None
+        parts = [self._backward(*batch) for batch in batches]
+        return {**_means(parts), **self._update()}
+
+    def _backward(self, *batch: Tensor) -> Figures:
+        loss, figures = self.objective.loss(*batch)
+        (loss / self.config.accumulate).backward()
         return {**figures, "loss": loss.detach()}
 
-    def update(*batch: Tensor) -> Figures:
-        figures = backward(*batch)
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        average.update()
-        return {**figures, "norm": norm}
+    def _update(self) -> Figures:
+        gradients = [p.grad for p in self.whole.values() if p.grad is not None]
+        if self.sharded is None:
+            self.ranks.average(gradients)
+            norm = nn.utils.clip_grad_norm_([*self.whole.values()], self.config.clip)
+        else:
+            self.sharded.sum_partial_gradients()
+            norm = self.sharded.clip(self.config.clip)
+        bad = (self.failed < 0) & ~norm.isfinite()
+        self.failed.copy_(torch.where(bad, self.now, self.failed))
+        for name, parameter in self.parameters.items():
+            if parameter is not (whole := self.whole[name]) and whole.grad is not None:
+                parameter.grad = local(whole.grad)
+        self.optimizer.step()
+        if self.average:
+            self.average.update()
+        return {"norm": norm}
 
-    advance = update
-    if config.graphed:
-        advance = _recorded(backward, update, optimizer, objective.draw(step))
-    with (folder / "log.jsonl").open("a") as lines:
-        while step < config.steps:
-            rate = warmup_cosine(
-                step, peak=config.learning_rate, warmup=config.warmup, total=config.steps
-            )
-            optimizer.defaults["lr"].fill_(rate)
-            average.set_weight(step + 1)
-            figures = advance(*objective.draw(step))
-            step += 1
-            last = step == config.steps
-            logged = last or step % config.log_every == 0
-            watch = None if step % objective.watch_every else objective.watch
-            seconds_done = time.monotonic() - entered
-            if (logged or watch) and ranks.first:
-                figures = figures | (watch() if watch else {})
-                line = {name: round(float(value), 5) for name, value in figures.items()}
-                speed = (step - first) / seconds_done
-                line |= {"step": step, "rate": rate, "steps_per_second": speed}
-                print(json.dumps(line), file=lines, flush=True)
-                log.info("%s", line)
-            late = seconds is not None and seconds_done > seconds
-            if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
-                late = logged and ranks.any(late)
-            if ranks.first and (last or late or step % config.save_every == 0):
-                save(state, folder / STATE, {"step": step})
-            if late:
-                break
-    return step, average
-
-
-def _state(
-    module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Tensors that a run changes in place: weights, averages and moments, by kind and parameter."""
-    state = {f"average/{name}": value for name, value in average.values.items()}
-    for name, parameter in module.named_parameters():
-        state[f"weights/{name}"] = parameter.detach()
-        moments = optimizer.state.get(parameter, {})
-        state |= {f"{kind}/{name}": moment for kind, moment in moments.items()}
-    return state
-
-
-def _restore(state: dict[str, Tensor], path: Path) -> int:
-    """Read the state that a run has saved; the number of steps done, 0 in a new folder."""
-    if not path.exists():
-        return 0
-    stored = open_checkpoint(path)
-    shapes = {name: (*info.shape,) for name, info in stored.tensors.items()}
-    if {name: (*tensor.shape,) for name, tensor in state.items()} != shapes:
-        raise CheckpointError(
-            f"{path} is the state of another model or optimizer; choose another folder"
+    def _check_finite(self) -> None:
+        """Stop a run that diverged; waits for the device."""
+        if (step := int(self.failed)) < 0:
+            return
+        count = self.config.accumulate
+        numbers = range(step * count, (step + 1) * count)
+        batches = ", ".join(map(self.objective.named, numbers))
+        saved = self.states.steps()
+        since = f"the state of step {saved[-1]} is kept" if saved else "no state was saved"
+        raise NonFiniteError(
+            f"step {step + 1}: a gradient is not finite (NaN or infinity) in {batches}; lower the "
+            f"learning rate or remove the clip; {since}"
         )
-    for name, tensor in state.items():
-        tensor.copy_(stored.read(name))
-    return int(stored.metadata["step"])
+
+    def _recorded(self, batch: tuple[Tensor, ...]) -> Callable[..., Figures]:
+        """`_advance` as one CUDA graph, recorded with tensors like those of `batch`."""
+        inputs = tuple(tensor.clone() for tensor in batch)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # no weight changes before the first real step
+            for _ in range(_WARM_UPS):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._backward(*inputs)
+                self.ranks.average([p.grad for p in self.whole.values() if p.grad is not None])
+            self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads of the process, NCCL's among them, may call CUDA while this one records
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            figures = self._advance(inputs)
+
+        def replay(batch: tuple[Tensor, ...]) -> Figures:
+            for place, tensor in zip(inputs, batch, strict=True):
+                place.copy_(tensor)
+            graph.replay()
+            return figures
+
+        return replay
 
 
-def _recorded(
-    backward: Callable[..., Figures],
-    update: Callable[..., Figures],
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, ...],
-) -> Callable[..., Figures]:
-    """`update` as one CUDA graph, recorded with tensors like those of `batch`."""
-    inputs = tuple(tensor.clone() for tensor in batch)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # no weight changes before the first real step
-        for _ in range(_WARM_UPS):
-            backward(*inputs)
-        optimizer.zero_grad(set_to_none=True)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # other threads of the process, NCCL's among them, may call CUDA while this one records
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        figures = update(*inputs)
+def _held(parameter: nn.Parameter) -> nn.Parameter:
+    """What this process holds of a parameter, sharing its memory."""
+    return nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
 
-    def replay(*batch: Tensor) -> Figures:
-        for place, tensor in zip(inputs, batch, strict=True):
-            place.copy_(tensor)
-        graph.replay()
-        return figures
 
-    return replay
+def _spread(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A tensor of which processes hold the same shares as of a parameter."""
+    if not isinstance(parameter, DTensor) or value.shape != local(parameter).shape:
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _means(parts: list[Figures]) -> Figures:
+    """Figures of a step of several batches."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Writes lines of figures to a file, and logs them."""
+
+    def write(figures: Mapping[str, Any]) -> None:
+        line = {
+            name: round(float(value), 5) if isinstance(value, Tensor) else value
+            for name, value in figures.items()
+        }
+        print(json.dumps(line), file=file, flush=True)
+        log.info("%s", line)
+
+    with path.open("a") as file:
+        yield write
 
 
 def generator(

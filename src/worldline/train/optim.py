@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,63 +17,68 @@ _MUON_MOMENTUM = 0.95
 _MUON_SCALE = 0.2  # root mean square of AdamW's updates, about, at a learning rate of one
 # the quintic that is steepest at 0 of those that keep singular values near one
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_FINAL_RATE = 0.01  # of the peak
 
 
-def warmup_cosine(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Learning rate of `step` (from 0): a linear rise, then half a cosine to 1 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    final = peak * _FINAL_RATE
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+Rate = Callable[[int], float]  # step from 0 -> learning rate
 
 
-def cosine_rate(step: int, *, peak: float, warmup: int, decay: int, floor: float = 1e-8) -> float:
-    """Learning rate of `step` (from 0) in the released autoregressive recipe; 0 at the first step.
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Learning rate that rises in a line and falls by half a cosine, to `floor` at step `decay`.
 
-    A linear rise, then half a cosine to `floor` at step `decay`.
+    The first step has a rate of 0; with `early` the rise is one step ahead.
     Source: nvidia-cosmos/cosmos-predict1 `utils/scheduler.py`.
     """
-    if step < warmup:
-        return peak * step / warmup
-    if step >= decay:
-        return floor
-    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) / 2
+
+    peak: float
+    warmup: int
+    decay: int
+    floor: float = 1e-8
+    early: bool = False
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + self.early) / self.warmup
+        if step >= self.decay:
+            return self.floor
+        progress = (step - self.warmup) / (self.decay - self.warmup)
+        return self.floor + (self.peak - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def linear_factor(
-    step: int, *, warmup: int, cycle: float, start: float = 1e-6, top: float = 1.0, end: float = 1.0
-) -> float:
-    """Factor of the learning rate of `step` (from 0) in the released diffusion recipes.
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Learning rate that rises from `start` to `top`, then changes in a line to `end` at `cycle`.
 
-    A linear rise from `start` to `top`, then a line that reaches `end` at step `cycle`.
-    Source: nvidia-cosmos/cosmos-predict1 `diffusion/training/functional/lr_scheduler.py`.
+    These are factors of `peak`. Source: nvidia-cosmos/cosmos-predict1 `diffusion/training/
+    functional/lr_scheduler.py`.
     """
-    if step < warmup:
-        return start + (top - start) * step / warmup
-    return end + (top - end) * (cycle - step) / (cycle - warmup)
 
+    peak: float
+    warmup: int
+    cycle: float = 1e13
+    start: float = 1e-6
+    top: float = 1.0
+    end: float = 1.0
 
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-    """Scale gradients down to a norm of `most`; their norm before.
-
-    NaN and infinite ones become 0 first, as in the released recipes.
-    """
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.nan_to_num_(0, 0, 0)
-    return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            factor = self.start + (self.top - self.start) * step / self.warmup
+        else:
+            share = (self.cycle - step) / (self.cycle - self.warmup)
+            factor = self.end + (self.top - self.end) * share
+        return self.peak * factor
 
 
 def make_optimizer(
-    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
     *,
     betas: tuple[float, float],
+    eps: float = 1e-8,
     weight_decay: float,
+    decay_all: bool = False,
     orthogonal: Sequence[str] = (),
 ) -> MuonAdamW:
-    """AdamW that decays matrices and kernels, not norms and biases; Muon for some matrices.
+    """AdamW that decays matrices and kernels, or all; Muon for some matrices.
 
     Moments exist from the start, so that a CUDA graph of a step finds them in place. Muon trains
     the matrices whose names fit a pattern of `orthogonal`, such as `blocks.*.weight`. The learning
@@ -80,7 +87,6 @@ def make_optimizer(
     Raises:
         ValueError: a pattern matches no matrix.
     """
-    parameters = trainable(module)
     matrices = [name for name, parameter in parameters.items() if parameter.ndim == 2]
     muon: set[str] = set()
     for pattern in orthogonal:
@@ -90,16 +96,15 @@ def make_optimizer(
     members: defaultdict[tuple[object, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():  # Muon's by shape, AdamW's by whether they decay
         shape = parameter.shape if name in muon else None
-        members[shape, weight_decay * (parameter.ndim > 1)].append(parameter)
+        members[shape, weight_decay * (decay_all or parameter.ndim > 1)].append(parameter)
     groups = [
         {"params": each, "orthogonal": shape is not None, "weight_decay": decay}
         for (shape, decay), each in members.items()
     ]
-    device = next(module.parameters()).device
+    device = next(iter(parameters.values())).device
     graphs = device.type == "cuda"
-    optimizer = MuonAdamW(
-        groups, lr=torch.zeros((), device=device), betas=betas, fused=graphs, capturable=graphs
-    )
+    rate = torch.zeros((), device=device)
+    optimizer = MuonAdamW(groups, lr=rate, betas=betas, eps=eps, fused=graphs, capturable=graphs)
     for name, parameter in parameters.items():
         moments = {"exp_avg": torch.zeros_like(parameter)}
         if name not in muon:
@@ -156,23 +161,50 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class Average:
-    """Exponential moving average of a module's trainable parameters, float32.
+Decay = Callable[[int], float]  # step from 1 -> weight of the old average
 
-    The decay rises with the step, min(decay, (1 + step) / (10 + step)), so that a young average
-    forgets its start.
+
+@dataclass(frozen=True)
+class Rising:
+    """Decay min(most, (1 + step) / (10 + step)), by which a young average forgets its start."""
+
+    most: float
+
+    def __call__(self, step: int) -> float:
+        return min(self.most, (1 + step) / (10 + step))
+
+
+@dataclass(frozen=True)
+class Power:
+    """Decay of an average that weighs steps by a power of them; the first step takes all.
+
+    Its deviation in time, relative to the length of the run, is `deviation`.
+    Source: arXiv 2312.02696, section 3.1.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters = trainable(module)
-        self.values = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+    deviation: float
+
+    @cached_property
+    def exponent(self) -> float:
+        inverse = self.deviation**-2
+        return float(max(np.roots([1, 7, 16 - inverse, 12 - inverse]).real))
+
+    def __call__(self, step: int) -> float:
+        return float((1 - 1 / step) ** (self.exponent + 1))
+
+
+class Average:
+    """Exponential moving average of trainable parameters, float32."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: Decay) -> None:
+        self.decay, self.parameters = decay, parameters
+        self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
         # of the newest parameters
-        self._weight = torch.ones((), device=next(module.parameters()).device)
+        self._weight = torch.ones((), device=next(iter(parameters.values())).device)
 
     def set_weight(self, step: int) -> None:
         """Set the weight of the next update, that of `step`, counted from 1."""
-        self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
+        self._weight.fill_(1 - self.decay(step))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -189,31 +221,6 @@ class Average:
             newest = parameter.float().clone()
             parameter.copy_(self.values[name])
             self.values[name].copy_(newest)
-
-
-class PowerAverage(Average):
-    """Average whose weights are a power of the step, of a relative deviation in time.
-
-    Source: arXiv 2312.02696, section 3.1.
-    """
-
-    def __init__(self, module: nn.Module, deviation: float) -> None:
-        super().__init__(module, deviation)
-        self.exponent = power_exponent(deviation)
-
-    def set_weight(self, step: int) -> None:
-        self._weight.fill_(1 - power_decay(step, self.exponent))
-
-
-def power_exponent(deviation: float) -> float:
-    """Exponent of the power function whose relative deviation is `deviation`."""
-    inverse = deviation**-2
-    return float(max(np.roots([1, 7, 16 - inverse, 12 - inverse]).real))
-
-
-def power_decay(step: int, exponent: float) -> float:
-    """Weight of the old average at `step`, counted from 1; the first step takes all."""
-    return float((1 - 1 / step) ** (exponent + 1))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -93,7 +93,7 @@ class States:
             Error: the one before could not be written.
         """
         self.wait()
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         path = self.path(step)
         temporary = Path(self.ranks.once(lambda: str(temporary_name(path))))
         text = json.dumps(dict(facts))
