@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.ranks import Together
+from tests.states import read_state
 from worldline.families.autoregressive.model import (
     SHARD_PLAN,
     ARTransformer,
@@ -17,9 +21,13 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.objective import NextTokenObjective
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.objective import DenoisingObjective, Draws, Uncertainty
 from worldline.parallel.mesh import Axis
 from worldline.shapes import LatentShape
-from worldline.train.sharding import Sharded, full_tensors, shard_weights, share_layers
+from worldline.train.loop import LoopConfig, Objective, fit
+from worldline.train.optim import Cosine, Power
+from worldline.train.sharding import share
 
 CONFIG = ARTransformerConfig(
     depth=2,
@@ -32,32 +40,67 @@ CONFIG = ARTransformerConfig(
     embedding_rows=70,
     grid=LatentShape(3, 4, 5),
 )
+PROMPTED = replace(CONFIG, embedding_rows=72, context_width=20, absolute_positions=True)
+DENOISER = DiTConfig(
+    depth=2,
+    width=24,
+    num_heads=2,
+    head_size=12,
+    hidden=96,
+    context_width=20,
+    lora_rank=6,
+    max_grid=LatentShape(4, 6, 6),
+    rope_ratio=(1.0, 1.0, 1.0),
+    condition_mask=True,
+)
+CONFIGS = {"base": CONFIG, "prompted": PROMPTED, "denoiser": DENOISER}
 STEPS, CLIPS = 6, 4
-PARTIAL = ("q_norm.weight", "k_norm.weight")
-
-
-def draw(step: int) -> Tensor:
-    """Tokens (clips, length); the same again every second step."""
-    generator = torch.Generator().manual_seed(step % 2)
-    return torch.randint(CONFIG.vocabulary, (CLIPS, CONFIG.length), generator=generator)
+LOOP = LoopConfig(
+    steps=STEPS,
+    rate=Cosine(peak=0.02, warmup=2, decay=STEPS, early=True),
+    decay_all=True,
+    average=Power(0.1),
+    log_every=1,
+    save_every=2,
+)
 
 
 class Step(nn.Module):
-    """A step's loss as one module."""
+    """A step's loss as one module; the batch's number alone decides what it is."""
 
-    def __init__(self, network: ARTransformer) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
-        self.positions = make_positions(network.config, "cpu", torch.float32)
+        self.uncertainty = Uncertainty(8) if isinstance(network, DiT) else None
+        if self.uncertainty:
+            generator = torch.Generator().manual_seed(0)
+            for value in (*self.uncertainty.parameters(), *self.uncertainty.buffers()):
+                nn.init.normal_(value.data, std=0.1, generator=generator)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        terms = NextTokenObjective().loss(self.network, (tokens, self.positions, None))
-        return terms.cross_entropy + terms.z
+    def forward(self, clips: Tensor, text: Tensor) -> Tensor:
+        if self.uncertainty is None:
+            positions = make_positions(self.network.config, "cpu", torch.float32)
+            given = text if self.network.config.context_width else None
+            terms = NextTokenObjective().loss(self.network, (clips.long(), positions, given))
+            return terms.cross_entropy + terms.z
+        count = len(clips)
+        draws = Draws(
+            torch.ones(count),
+            clips[:, 0, 0, 0, 0].exp(),
+            clips.flip(1),
+            (text[:, 0, 0] > 0).long(),
+            torch.full((count,), 0.1),
+            clips.flip(2),
+        )
+        objective = DenoisingObjective(most_conditioning=2)
+        return objective.loss(
+            self.network, self.uncertainty, (clips, text, 24.0, None), draws
+        ).mean()
 
 
-def build(config: ARTransformerConfig) -> ARTransformer:
+def build(config: Any) -> Any:
     torch.manual_seed(4)
-    model = ARTransformer(config)
+    model = DiT(config) if isinstance(config, DiTConfig) else ARTransformer(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
     return model
@@ -66,74 +109,105 @@ def build(config: ARTransformerConfig) -> ARTransformer:
 def part(model: ARTransformer, rank: int, count: int) -> ARTransformer:
     """A tensor-parallel process's part of a model."""
     own = ARTransformer(model.config.part(count))
-    for (_, mine), (_, all_) in zip(own.named_parameters(), model.named_parameters(), strict=True):
-        value = all_.detach()
+    for (_, mine), (_, whole) in zip(own.named_parameters(), model.named_parameters(), strict=True):
+        value = whole.detach()
         for axis, size in enumerate(mine.shape):
             value = value.narrow(axis, rank * size if size != value.shape[axis] else 0, size)
         mine.data = value.clone()
     return own
 
 
-def train(axis: Axis, tp: int, accumulated: int = 1) -> tuple[list[float], list[float], Any]:
-    """Losses, norms, and final weights."""
-    mesh = init_device_mesh("cpu", (axis.count // tp, tp), mesh_dim_names=("dp", "tp"))
-    dp = mesh["dp"].get_local_rank()
-    network, cut = build(CONFIG), frozenset[str]()
-    whole = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    if tp > 1:
-        network = part(network, mesh["tp"].get_local_rank(), tp)
-        cut = share_layers(network, SHARD_PLAN, whole, mesh["tp"])
+def draw(config: Any, number: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """Clips and texts of a batch; the same again every second batch."""
+    generator = torch.Generator().manual_seed(number % 2)
+    shape: tuple[int, ...] = (CLIPS, 16, 3, 4, 4)
+    clips = torch.randn(shape, generator=generator)
+    if isinstance(config, ARTransformerConfig):
+        ids = torch.randint(config.vocabulary, (CLIPS, config.length), generator=generator)
+        clips = ids.float()
+    text = torch.randn(CLIPS, 5, config.context_width or 1, generator=generator)
+    return clips[rows], text[rows]
+
+
+def train(axis: Axis, name: str, folder: Path, *, tp: int, parts: int, stop: int = STEPS) -> None:
+    """Train with batches of all clips, or in `parts` batches of each process a step."""
+    config = CONFIGS[name]
+    network, dp, rank, sharded = build(config), axis.count // tp, 0, None
+    whole = {key: tuple(p.shape) for key, p in network.named_parameters()}
+    mesh = None
+    if axis.count > 1:
+        mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+        rank = mesh["dp"].get_local_rank()
+        network = part(network, mesh["tp"].get_local_rank(), tp) if tp > 1 else network
     step = Step(network)
-    partial = frozenset(n for n in whole if tp > 1 and n.endswith(PARTIAL))
-    shard_weights(step, mesh["dp"], [*network.layers], torch.float32)
-    names = {f"network.{name}" for name in cut}, {f"network.{name}" for name in partial}
-    sharded = Sharded(step, mesh, *map(frozenset, names))
-    optimizer = torch.optim.AdamW(sharded.groups(), lr=0.02, foreach=True)
-    losses: list[float] = []
-    norms: list[float] = []
-    for number in range(STEPS):
-        tokens = draw(number)
-        own = tokens.chunk(axis.count // tp)[dp]
-        total = torch.zeros(())
-        for rows in own.chunk(accumulated):
-            loss = step(rows) / accumulated
-            loss.backward()
-            total += loss.detach()
-        sharded.sum_partial_gradients()
-        norms.append(float(sharded.clip(1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.distributed.all_reduce(total, group=mesh["dp"].get_group())
-        losses.append(float(total) / (axis.count // tp))
-    return losses, norms, {name: value.clone() for name, value in full_tensors(step)}
+    if mesh is not None:
+        plan = SHARD_PLAN if tp > 1 else None
+        blocks = "blocks" if isinstance(config, DiTConfig) else "layers"
+        sharded = share(
+            step, "network", mesh, blocks=blocks, compute=torch.float32, whole=whole, plan=plan
+        )
+    own = CLIPS // dp // parts
+
+    def mine(number: int) -> tuple[Tensor, Tensor]:
+        start = rank * (CLIPS // dp) + number % parts * own
+        return draw(config, number // parts, slice(start, start + own))
+
+    asked = iter(range(1, 99))
+    fit(
+        step,
+        Objective(draw=mine, loss=lambda *batch: (step(*batch), {})),
+        replace(LOOP, accumulate=parts),
+        folder,
+        ranks=axis,
+        sharded=sharded,
+        stopping=lambda: next(asked) >= stop,
+    )
 
 
-def train_alone() -> tuple[list[float], list[float], Any]:
-    step = Step(build(CONFIG))
-    optimizer = torch.optim.AdamW(step.parameters(), lr=0.02)
-    losses: list[float] = []
-    norms: list[float] = []
-    for number in range(STEPS):
-        tokens = draw(number)
-        loss = step(tokens)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        norms.append(float(nn.utils.clip_grad_norm_(step.parameters(), 1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, norms, {name: p.detach() for name, p in step.named_parameters()}
+def check(one: Path, other: Path) -> None:
+    """Norms of gradients, final weights and averages of two runs."""
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (one, other)]
+    lines = [[json.loads(line) for line in log] for log in logs]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-3), ours["step"]
+    states = [read_state(folder) for folder in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        # Adam's first steps do not depend on the size of a gradient, which may be near 0
+        difference = (states[1][name] - value).abs().mean()
+        assert float(difference) < 2e-5, name
+
+
+WAYS = [("base", 1, 1), ("base", 2, 1), ("base", 2, 2), ("prompted", 2, 1), ("denoiser", 1, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "accumulated"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_two_train_as_one(two: Together, tp: int, accumulated: int) -> None:
-    """FSDP, tensor parallel, with accumulation: losses, norms of gradients, final weights."""
-    losses, norms, weights = train_alone()
-    assert losses[-1] < losses[0]
-    for found in two(train, tp, accumulated):
-        assert found[0] == pytest.approx(losses, rel=1e-5)
-        assert found[1] == pytest.approx(norms, rel=1e-4)
-        assert found[2].keys() == weights.keys()
-        for name, value in weights.items():
-            # Adam's first steps do not depend on the size of a gradient, which may be near 0
-            assert float((found[2][name] - value).abs().mean()) < 1e-5, name
+@pytest.mark.parametrize(("name", "tp", "parts"), WAYS)
+def test_two_train_as_one(two: Together, tmp_path: Path, name: str, tp: int, parts: int) -> None:
+    """FSDP, or tensor parallel layers, and accumulation."""
+    train(Axis(), name, tmp_path / "one", tp=1, parts=1)
+    first, *_, last = (tmp_path / "one" / "log.jsonl").read_text().splitlines()
+    assert json.loads(last)["loss"] < json.loads(first)["loss"]
+    two(train_in_ranks, name, tmp_path / "two", tp, parts)
+    check(tmp_path / "one", tmp_path / "two")
+
+
+def train_in_ranks(
+    axis: Axis, name: str, folder: Path, tp: int, parts: int, stop: int = STEPS
+) -> None:
+    train(axis, name, folder, tp=tp, parts=parts, stop=stop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 0), (0, 2)])
+def test_a_run_goes_on_in_another_layout(
+    two: Together, tmp_path: Path, before: int, after: int
+) -> None:
+    """Two processes by FSDP (1) or tensor parallel (2), or one alone (0)."""
+    train(Axis(), "base", tmp_path / "one", tp=1, parts=1)
+    for tp, stop in ((before, 3), (after, STEPS)):
+        if tp:
+            two(train_in_ranks, "base", tmp_path / "cut", tp, 1, stop)
+        else:
+            train(Axis(), "base", tmp_path / "cut", tp=1, parts=1, stop=stop)
+    check(tmp_path / "one", tmp_path / "cut")

@@ -34,10 +34,13 @@ class ShardPlan:
         joined: pattern of layers' names -> what makes their results whole: "sum" of products of
             parts of the columns, "rows" looked up by the process that holds them, "columns" that
             follow one another. Results of other layers stay in parts.
+        partial: patterns of names of whole weights that act on a process's own heads: each computes
+            a part of their gradients.
     """
 
     part: Callable[[Any, int], Any]
     joined: Mapping[str, Literal["sum", "rows", "columns"]]
+    partial: tuple[str, ...] = ()
 
     def join(self, module: nn.Module, axis: Axis) -> None:
         """Make the layers of a part give the results of the whole network."""

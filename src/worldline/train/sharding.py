@@ -12,12 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 
 from worldline.parallel.tensor import ShardPlan
@@ -66,15 +71,6 @@ class Sharded:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
         return norm
-
-    def groups(self) -> list[dict[str, Any]]:
-        """Parameters that train, by the mesh that holds them: one kernel updates all of a group."""
-        held: dict[Any, list[nn.Parameter]] = {}
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-                held.setdefault(mesh, []).append(parameter)
-        return [{"params": parameters} for parameters in held.values()]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -139,6 +135,44 @@ def shard_weights(
     )
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
+        if hasattr(unit, "encode"):  # of cross-attention: a text is encoded before the blocks run
+            register_fsdp_forward_method(unit, "encode")
+
+
+def share(
+    module: nn.Module,
+    name: str,
+    mesh: DeviceMesh,
+    *,
+    blocks: str,
+    compute: torch.dtype,
+    whole: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    plan: ShardPlan | None = None,
+) -> Sharded:
+    """Share the training of a module, which holds a network.
+
+    Args:
+        module: as for `shard_weights`.
+        name: of the network in it; it is a tensor-parallel part where `tp` has several processes.
+        mesh: of the axes `dp` and `tp`.
+        blocks: name of the network's list of blocks.
+        compute: precision of the computation.
+        whole: shapes of the whole network's parameters.
+        plan: of its class; None where it is not tensor parallel.
+    """
+    network = module.get_submodule(name)
+    cut, parts = frozenset[str](), frozenset[str]()
+    if plan is not None and mesh["tp"].size() > 1:
+        cut = share_layers(network, plan, whole, mesh["tp"])
+        names = [key for key, _ in network.named_parameters()]
+        parts = frozenset(k for k in names if any(fnmatchcase(k, one) for one in plan.partial))
+    units: list[nn.Module] = []
+    for block in network.get_submodule(blocks).children():
+        texts = [m for n, m in block.named_modules() if n.startswith("cross_attention")]
+        units += [*(each for each in texts if hasattr(each, "encode")), block]
+    shard_weights(module, mesh["dp"], units, compute)
+    cut, parts = (frozenset(f"{name}.{key}" for key in keys) for keys in (cut, parts))
+    return Sharded(module, mesh, cut, parts)
 
 
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -100,6 +100,7 @@ PRESETS = {
 SHARD_PLAN = ShardPlan(
     ARTransformerConfig.part,
     {"embedding": "rows", "layers.*.out": "sum", "layers.*.down": "sum", "head": "columns"},
+    partial=("layers.*.q_norm.weight", "layers.*.k_norm.weight"),
 )
 # for each layer, keys and values of a text context; None where the layer reads none
 EncodedContext = Sequence[tuple[Tensor, Tensor] | None]
