@@ -47,6 +47,7 @@ LAYERS = (
     ("fleet", "parallel"),
     ("nn", "sampling", "video", "report"),
     ("finite",),
+    ("yaml_documents",),
     ("documents", "repositories"),
     ("shapes", "files"),
     ("errors", "events"),

@@ -1,0 +1,387 @@
+"""Experiments: what a run trains, on what and how, as short typed files; needs no torch.
+
+An experiment is a YAML file of `experiments/`, which may build on another (`like`), and values for
+single keys. Keys of the released configurations are taken, too, and mean ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from worldline.documents import read_text
+from worldline.errors import InputError, brief, did_you_mean, strerror
+from worldline.yaml_documents import parse_yaml
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+# names that the released guide misprints -> what they mean
+MISPRINTED = {"base_4b_example_tealrobotsmall_tp4": "base_4b_example_tealrobot_tp4"}
+# keys of the released configurations -> ours; "" has no effect here
+RELEASED_KEYS = {
+    "dataloader_train.dataset.config.*": "data.*",
+    "dataloader_train.sampler.dataset.config.*": "data.*",
+    "dataloader_train.dataset.*": "data.*",
+    "dataloader_train.sampler.dataset.*": "data.*",
+    "dataloader_train.*": "data.*",
+    "trainer.callbacks.grad_clip.clip_norm": "trainer.clip_norm",
+    "trainer.callbacks.vid_sampling_tf.every_n": "trainer.sample_iter",
+    "trainer.callbacks.every_n_sample_*.every_n": "trainer.sample_iter",
+    "scheduler.warmup_iters": "scheduler.warmup",
+    "scheduler.warm_up_steps": "scheduler.warmup",
+    "scheduler.cycle_lengths": "scheduler.cycle",
+    "scheduler.lr_decay_iters": "scheduler.decay",
+    "scheduler.f_start": "scheduler.start",
+    "scheduler.f_max": "scheduler.top",
+    "scheduler.f_min": "scheduler.end",
+    "model_parallel.tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+    "model.ema.*": "average.*",
+    "model.config.ema.*": "average.*",
+    "model.peft_control.*": "lora.*",
+    "model.config.lora_rank": "lora.rank",
+    "model.loss_scale": "objective.scale",
+    "job.wandb_mode": "job.wandb_mode",
+}
+
+Count = Annotated[int, Field(ge=1)]
+Times = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Part of an experiment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Job(Section):
+    """Names of the run's folder, `OUTPUT_ROOT/project/group/name`."""
+
+    project: str = "posttraining"
+    group: str = "worldline"
+    name: str = ""
+    wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
+
+
+class Data(Section):
+    """Clips.
+
+    Attributes:
+        dataset_dir: folder of videos, or one with `videos`, `metas` and the like in it.
+        num_frames: of a clip.
+        sequence_interval: frames from one of a clip to the next.
+        start_frame_interval: frames from the start of one clip to that of the next.
+        video_size: height and width.
+        fit: whether frames of another aspect are cropped or stretched.
+        one_per_video: one clip of a random place of each video in an epoch, not each of all places.
+        image_size: height and width that Predict1's networks are given, None for `video_size`.
+        caption: of all videos; None reads those beside them.
+        batch_size: clips of a batch of each process.
+        num_workers: processes that read ahead.
+        cache_dir: where tokens, latents and embeddings are kept; None computes them each time.
+        same_order: the same order in every epoch, as the reference has it.
+    """
+
+    dataset_dir: str | None = None
+    validation_dir: str | None = None
+    num_frames: Count = 33
+    sequence_interval: Count = 1
+    start_frame_interval: Count = 1
+    video_size: tuple[Count, Count] = (640, 1024)
+    fit: Literal["crop", "stretch"] = "crop"
+    one_per_video: bool = False
+    image_size: tuple[Count, Count] | None = None
+    caption: str | None = None
+    batch_size: Count = 1
+    num_workers: Times = 2
+    cache_dir: str | None = None
+    same_order: bool = False
+
+
+class OptimizerSettings(Section):
+    """AdamW, of all parameters alike."""
+
+    lr: Positive = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class SchedulerSettings(Section):
+    """Learning rate by step, in factors of the optimizer's.
+
+    Attributes:
+        kind: a rise, then half a cosine to `end` at step `decay`; or a rise from `start` to `top`,
+            then a line to `end` at step `cycle`.
+        warmup: steps of the rise.
+        decay: None is the length of the run.
+    """
+
+    kind: Literal["cosine", "linear"] = "linear"
+    warmup: Times = 0
+    decay: Count | None = None
+    cycle: Positive = 1e13
+    start: Share = 1e-6
+    top: Share = 1.0
+    end: Share = 1.0
+
+
+class AverageSettings(Section):
+    """Averaged weights; the rate is their deviation in time, relative to the length of the run."""
+
+    enabled: bool = False
+    rate: Positive = 0.1
+
+
+class TrainerSettings(Section):
+    """Length, precision and reports of the run.
+
+    Attributes:
+        precision: of the computation; weights, moments and averages are float32.
+        reference_state: weights and moments in bf16, as the reference has them.
+        activation_checkpointing: blocks compute their activations again on the way back; auto where
+            memory asks for it.
+        logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and sampled
+            videos; 0 makes none.
+    """
+
+    max_iter: Count = 1000
+    grad_accum_iter: Count = 1
+    clip_norm: Positive = 1.0
+    seed: Times = 0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    reference_state: bool = False
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    compile: bool = True
+    deterministic: bool = False
+    logging_iter: Count = 10
+    run_validation: bool = True
+    validation_iter: Times = 100
+    sample_iter: Times = 0
+
+
+class CheckpointSettings(Section):
+    """Files of the run.
+
+    Attributes:
+        load_path: weights to begin with; None is the model's own.
+        save_state: whether a run can go on; its state is four times the weights.
+        format: "reference" also writes the reference's optimizer files.
+        keep_last: number of the newest checkpoints that are kept.
+        keep_every: those of steps that it divides are kept, too.
+    """
+
+    load_path: str | None = None
+    save_iter: Count = 1000
+    save_state: bool = True
+    format: Literal["worldline", "reference"] = "worldline"
+    keep_last: Count = 3
+    keep_every: Times = 0
+    strict_resume: bool = True
+
+
+class ParallelSettings(Section):
+    """How processes share the run; others than these have other clips and shares of weights."""
+
+    tensor_model_parallel_size: Count = 1
+
+
+class LoraSettings(Section):
+    """An adapter that is trained in place of the weights; 0 is none.
+
+    Attributes:
+        scale: of its product; PEFT's alpha over the rank.
+        targets: names of layers in the released files, or ends of them.
+    """
+
+    rank: Times = 0
+    scale: Positive = 1.0
+    targets: tuple[str, ...] = ()
+
+
+class Experiment(Section):
+    """All of a run.
+
+    Attributes:
+        model: released name, or a folder.
+        objective: fields of the family's recipe of a step.
+    """
+
+    description: str = ""
+    model: str = ""
+    job: Job = Job()
+    objective: dict[str, Any] = Field(default_factory=dict)
+    data: Data = Data()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    average: AverageSettings = AverageSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    lora: LoraSettings = LoraSettings()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        root = Path(os.environ.get("OUTPUT_ROOT", "checkpoints"))
+        return root / self.job.project / self.job.group / self.job.name
+
+    def to_yaml(self) -> str:
+        """The whole experiment, every key written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+@cache
+def released() -> dict[str, str]:
+    """Every experiment that names its clips, and its line."""
+    stated = {path.stem: _stated(path) for path in sorted(EXPERIMENTS.glob("*.yaml"))}
+    return {
+        name: str(each["description"])
+        for name, each in stated.items()
+        if "dataset_dir" in each.get("data", {})
+    }
+
+
+def find(name: str) -> Path:
+    """File of an experiment, by its name or as a path.
+
+    Raises:
+        InputError: there is none; the nearest one is named.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if name in released():
+        return EXPERIMENTS / f"{name}.yaml"
+    right = MISPRINTED.get(name)
+    advice = f"; it is {right}" if right else did_you_mean(name, [*released()], 0.6)
+    raise InputError(f"experiment={name}: there is none{advice or '; --list shows all'}")
+
+
+def read(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment with values for some of its keys.
+
+    Args:
+        name: of an experiment, or path of a file like them.
+        overrides: `key.path=value`, the value as YAML.
+
+    Raises:
+        InputError: a line for each wrong key or value.
+    """
+    path = find(name)
+    stated = _stated(path)
+    stated.setdefault("job", {}).setdefault("name", path.stem)
+    return check(stated, overrides)
+
+
+def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
+    """A checked experiment; see `read`."""
+    given: dict[str, tuple[str, Any]] = {}
+    for word in overrides:
+        key, value = _parse(word)
+        ours = our_key(key)
+        if ours in given and given[ours][1] != value:
+            raise InputError(
+                f"{key} is {brief(value)}, but {given[ours][0]} is {brief(given[ours][1])}; they "
+                "are one key here: give one value"
+            )
+        given[ours] = key, value
+    for ours, (_, value) in given.items():
+        *sections, last = ours.split(".")
+        place = stated
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    try:
+        return Experiment.model_validate(stated)
+    except ValidationError as error:
+        typed = {ours: key for ours, (key, _) in given.items()}
+        lines = [_problem(each, typed) for each in error.errors()]
+        raise InputError("\n".join(dict.fromkeys(lines))) from None
+
+
+def our_key(key: str) -> str:
+    """Our name of a key, which may be a released one."""
+    for pattern, ours in RELEASED_KEYS.items():
+        if fnmatchcase(key, pattern):
+            return ours.replace("*", key[len(pattern.partition("*")[0]) :])
+    return key
+
+
+def keys() -> list[str]:
+    """All keys, as they are typed."""
+    return [*_keys(Experiment)]
+
+
+def _keys(kind: Any, before: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _keys(inner, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+def _parse(word: str) -> tuple[str, Any]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise InputError(f"{brief(word)} is no key.path=value; write experiment=NAME first")
+    try:
+        value = parse_yaml(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{key}: {brief(text)} is no value: {error}") from None
+    if isinstance(value, str):  # YAML takes 1e-4 for a text
+        try:
+            value = float(value)
+        except ValueError:
+            return key, value
+    return key, value
+
+
+def _problem(error: Any, typed: Mapping[str, str]) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    where = next((typed[k] for k in typed if f"{where}.".startswith(f"{k}.")), where)
+    if error["type"] == "extra_forbidden":
+        known = did_you_mean(".".join(path), keys(), 0.6)
+        return f"{where}: there is no such key{known or '; --dry_run prints all'}"
+    advice = error["msg"].replace("Input should", "it must")
+    return f"{where} is {brief(error['input'])}; {advice}"
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """Values of a file and of those that it builds on.
+
+    Raises:
+        InputError: one cannot be read, or is no experiment.
+    """
+    try:
+        own = parse_yaml(read_text(path))
+    except OSError as error:
+        raise InputError(f"{path}: it cannot be read: {strerror(error)}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: it is not valid YAML: {reason}") from error
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: it is no experiment; give names and values")
+    base = own.pop("like", None)
+    if base is None:
+        return own
+    beside = path.parent / f"{base}.yaml"
+    return _merged(_stated(beside if beside.exists() else EXPERIMENTS / f"{base}.yaml"), own)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Values of `base` but for those of `over`, section by section."""
+    joined = dict(base)
+    for name, value in over.items():
+        inner = joined.get(name)
+        both = isinstance(value, dict) and isinstance(inner, dict)
+        joined[name] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return joined
