@@ -8,15 +8,19 @@ Axes: B batch, L tokens of a clip, V vocabulary, D width, S rows of the text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from worldline.families.autoregressive.model import ARTransformer, Positions
+from worldline.families.autoregressive.model import ARTransformer, Positions, make_positions
+from worldline.family import Parts
 from worldline.losses import IGNORED, next_token_labels
+from worldline.shapes import LatentShape
 
 _ROWS = 1024  # positions whose float32 logits exist at once: those of a clip would need 2.7 GB
 
@@ -87,6 +91,51 @@ class NextTokenObjective:
         entropy, z = (torch.stack(term).sum() for term in zip(*parts, strict=True))
         entropy = entropy / (labels != IGNORED).sum()
         return Losses(entropy, self.z_coefficient * z / labels.numel())
+
+
+class TrainingStep(nn.Module):
+    """Loss of the clips of a batch, all of one grid.
+
+    Attributes:
+        recipe: of the step.
+    """
+
+    BLOCKS = "layers"
+    RECIPE = NextTokenObjective
+
+    def __init__(
+        self, network: ARTransformer, recipe: NextTokenObjective, grid: LatentShape
+    ) -> None:
+        super().__init__()
+        network.config = replace(network.config, grid=grid)
+        self.network, self.recipe = network, recipe
+        self.positions: dict[tuple[torch.device, torch.dtype], Positions] = {}
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments of `forward`, of those that `encode_batch` made."""
+        return batch if len(batch) == 1 else (*batch, self.recipe.draw(batch[0], generator))
+
+    def forward(
+        self, tokens: Tensor, text: Tensor | None = None, text_kept: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its terms; tokens (B, L), text (B, S, width) of models that read one."""
+        where = tokens.device, self.network.norm.weight.dtype
+        if where not in self.positions:
+            self.positions[where] = make_positions(self.network.config, *where)
+        batch = tokens.long(), self.positions[where], text
+        entropy, z = self.recipe.loss(self.network, batch, text_kept)
+        return entropy + z, {"cross_entropy": entropy.detach(), "z_loss": z.detach()}
+
+
+@torch.no_grad()
+def encode_batch(
+    parts: Parts, video: Tensor, text: Tensor | None, fps: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """Tokens (B, L), int64, of clips (B, 3, T, H, W) in [-1, 1]; embeddings of prompts, if read."""
+    config = parts.config
+    cells = [parts.tokenizer.module.encode_tokens(clip).flatten(1) for clip in video.split(1)]
+    tokens = F.pad(torch.cat(cells).long(), (config.leading_tokens, 0), value=config.begin_token)
+    return (tokens,) if config.context_width is None or text is None else (tokens, text)
 
 
 def _terms(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ Axes: B batch, C channels, T/H/W latent grid, S rows of the text, E its width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from worldline.families.diffusion.model import DiT
+from worldline.family import Parts
 from worldline.losses import condition_mask, denoising_loss, noised_latents
+from worldline.nn.pieces import encode_stream
 from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.shapes import LatentShape
 
@@ -162,6 +165,57 @@ class DenoisingObjective:
             log_variance = uncertainty(times)
             error = error * (-log_variance).exp() + log_variance
         return self.scale * error
+
+
+class TrainingStep(nn.Module):
+    """Loss of the clips of a batch, all of one grid and frame rate.
+
+    Attributes:
+        recipe: of the step.
+        uncertainty: trained with the network; None where it is left out, or another's.
+    """
+
+    BLOCKS = "blocks"
+    RECIPE = DenoisingObjective
+
+    def __init__(
+        self,
+        network: DiT,
+        recipe: DenoisingObjective,
+        grid: LatentShape,
+        uncertainty: Uncertainty | None = None,
+    ) -> None:
+        super().__init__()
+        network.config.tokens(grid)  # within its positions
+        self.network, self.recipe, self.uncertainty = network, recipe, uncertainty
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments of `forward`, of those that `encode_batch` made."""
+        return *batch, *self.recipe.draw(batch[0], generator)
+
+    def forward(
+        self, latents: Tensor, text: Tensor, fps: Tensor, *draws: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and no terms; see `DenoisingObjective.loss`, fps is (B,)."""
+        batch = latents, text, float(fps[0]), None
+        loss = self.recipe.loss(self.network, self.uncertainty, batch, Draws(*draws))
+        return loss.mean(), {}
+
+
+@torch.no_grad()
+def encode_batch(
+    parts: Parts, video: Tensor, text: Tensor | None, fps: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """Latents (B, C, T, H, W), float32, of clips (B, 3, T, H, W) in [-1, 1]; text; fps (B,)."""
+    assert text is not None, "a diffusion model reads a text"
+    statistics = parts.opened["tokenizer"].statistics.rounded(parts.compute.dtype)
+    latents = [
+        torch.cat([*encode_stream(parts.tokenizer.module, [clip])], dim=2)
+        for clip in video.to(parts.device, parts.compute.dtype).split(1)
+    ]
+    # statistics of a clip's first frame, not of an image
+    normal = statistics.normalise(torch.cat(latents).float(), image=False)
+    return normal, text, torch.tensor(fps)
 
 
 def log_normal(uniform: Tensor, mean: float, deviation: float) -> Tensor:

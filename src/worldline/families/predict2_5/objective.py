@@ -7,14 +7,17 @@ Axes: B batch, C channels, T/H/W latent grid, S rows of the text, F its features
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldline.families.predict2_5.model import FlowDiT
+from worldline.family import Parts
 from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
+from worldline.nn.pieces import encode_stream
 from worldline.sampling.flow import SHIFT, TIMESTEPS
 from worldline.shapes import LatentShape
 
@@ -109,6 +112,46 @@ class FlowObjective:
             padding_mask=padding,
         )
         return flow_loss(velocity, latents, draws.noise, mask)
+
+
+class TrainingStep(nn.Module):
+    """Loss of the clips of a batch, all of one grid.
+
+    Attributes:
+        recipe: of the step.
+    """
+
+    BLOCKS = "blocks"
+    RECIPE = FlowObjective
+
+    def __init__(self, network: FlowDiT, recipe: FlowObjective, grid: LatentShape) -> None:
+        super().__init__()
+        network.config.tokens(grid)  # within its positions
+        self.network, self.recipe = network, recipe
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments of `forward`, of those that `encode_batch` made."""
+        return *batch, *self.recipe.draw(batch[0], generator)
+
+    def forward(
+        self, latents: Tensor, text: Tensor, *draws: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and no terms; see `FlowObjective.loss`."""
+        loss = self.recipe.loss(self.network, (latents, text, None), Draws(*draws))
+        return loss.mean(), {}
+
+
+@torch.no_grad()
+def encode_batch(
+    parts: Parts, video: Tensor, text: Tensor | None, fps: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """Latents (B, C, T, H, W), float32, of clips (B, 3, T, H, W) in [-1, 1]; features of texts."""
+    assert text is not None, "a flow model reads a text"
+    latents = [
+        torch.cat([*encode_stream(parts.tokenizer.module, [clip])], dim=2)
+        for clip in video.to(parts.device, parts.compute.dtype).split(1)
+    ]
+    return torch.cat(latents).float(), text
 
 
 def high_levels(shift: float = SHIFT) -> Tensor:
