@@ -36,11 +36,11 @@ from full_size import (
     write_text,
 )
 
-from tiny.export import autoregressive_settings, cosmos_tensors, draw_weights
+from tiny.export import cosmos_tensors, draw_weights
 from worldline.catalog import DECODERS
 from worldline.families.autoregressive.model import PRESETS as TRANSFORMERS
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
-from worldline.families.autoregressive.weights import KEYS
+from worldline.families.autoregressive.weights import KEYS, settings_of
 from worldline.families.diffusion.model import DECODER_WINDOW, DiTConfig
 from worldline.families.diffusion.model import PRESETS as DIFFUSION
 from worldline.shapes import LatentShape
@@ -125,7 +125,7 @@ def write_weights(root: Path, name: str, *, with_text: bool) -> Path:
     small = name.startswith("tiny")
     folder = root / f"Cosmos-Predict1-{name}"
     write_network(folder, ARTransformer, config, KEYS)
-    (folder / "config.json").write_text(json.dumps(autoregressive_settings(config)))
+    (folder / "config.json").write_text(json.dumps(settings_of(config)))
     discrete = root / DISCRETE
     if not discrete.exists():
         discrete.mkdir(parents=True)

@@ -29,16 +29,15 @@ def write(folder: Path, tiny: bool) -> None:
     """Write the transformer in both released containers."""
     import full_size
 
-    from tiny.export import autoregressive_settings
     from worldline.families.autoregressive.model import PRESETS, ARTransformer
-    from worldline.families.autoregressive.weights import KEYS
+    from worldline.families.autoregressive.weights import KEYS, settings_of
 
     config = PRESETS["4B"]
     if tiny:
         config = replace(config, depth=4, width=128, num_heads=8, num_kv_heads=2, head_size=16)
         config = replace(config, hidden=256, vocabulary=640, embedding_rows=640)
     full_size.write_network(folder, ARTransformer, config, KEYS)
-    (folder / "config.json").write_text(json.dumps(autoregressive_settings(config)))
+    (folder / "config.json").write_text(json.dumps(settings_of(config)))
 
 
 def read(folder: Path, repeats: int) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tiny.export import autoregressive_settings, cosmos_tensors
+from tiny.export import cosmos_tensors
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
-from worldline.families.autoregressive.weights import KEYS
+from worldline.families.autoregressive.weights import KEYS, settings_of
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.video.write import write_video
@@ -125,7 +125,7 @@ def make_small_world(root: Path, config: ARTransformerConfig) -> Path:
     folder.mkdir()
     tensors = {KEYS.released(n): p.detach().bfloat16() for n, p in transformer.named_parameters()}
     save(tensors, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(autoregressive_settings(config)))
+    (folder / "config.json").write_text(json.dumps(settings_of(config)))
     tokenizer = CosmosTokenizer(SMALL_TOKENIZER)
     _fill(tokenizer)
     folder = root / TOKENIZER

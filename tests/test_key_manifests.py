@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiny.export import autoregressive_settings
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import PRESETS as AR_PRESETS
 from worldline.families.autoregressive.model import ARTransformer
@@ -87,7 +86,7 @@ def test_autoregressive_files_fit_both_ways(size: str) -> None:
 def test_settings_agree_with_the_shapes(size: str) -> None:
     stated = manifest(f"Cosmos-Predict1-{size}")
     checkpoint = fake(stated["tensors"], "model.pt")
-    assert read_config(checkpoint, autoregressive_settings(AR_PRESETS[size])) == AR_PRESETS[size]
+    assert read_config(checkpoint(AR_PRESETS[size])) == AR_PRESETS[size]
 
 
 def test_bookkeeping_is_skipped_and_strangers_are_not() -> None:

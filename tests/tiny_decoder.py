@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from tiny.encoders import export_t5, new_t5
-from tiny.export import autoregressive_settings, dit_tensors
+from tiny.export import dit_tensors
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
-from worldline.families.autoregressive.weights import KEYS
+from worldline.families.autoregressive.weights import KEYS, settings_of
 from worldline.families.diffusion.model import DiT
 from worldline.weights.checkpoint import save
 
@@ -68,7 +68,7 @@ def write_video2world(folder: Path, base: ARTransformerConfig) -> None:
     folder.mkdir(parents=True)
     tensors = {KEYS.released(n): p.detach().bfloat16() for n, p in model.named_parameters()}
     save(tensors, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(autoregressive_settings(sizes)))
+    (folder / "config.json").write_text(json.dumps(settings_of(sizes)))
 
 
 def add_parts(root: Path, base: ARTransformerConfig) -> None:

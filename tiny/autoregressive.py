@@ -14,10 +14,10 @@ from torch import Tensor
 from tiny import sizes
 from tiny.clips import clip_batches, encode_views, to_device
 from tiny.encoders import embed_captions
-from tiny.export import autoregressive_settings, export_network, stored_tensors
+from tiny.export import export_network, stored_tensors
 from tiny.run import EXISTING, TOKENIZER, Run, recipe
 from worldline.families.autoregressive.model import ARTransformer, Positions, make_positions
-from worldline.families.autoregressive.weights import KEYS, open_network
+from worldline.families.autoregressive.weights import KEYS, open_network, settings_of
 from worldline.losses import next_token_labels, next_token_loss
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
@@ -81,7 +81,7 @@ def autoregressive(run: Run, tokenizer: Path, text: Path | None) -> None:
     )
     done = run.train(model, Objective(draw=draw, loss=loss, watch=watch, watch_every=500), plan)
     if run.ranks.first:
-        tensors, settings = stored_tensors(model, KEYS), autoregressive_settings(model.config)
+        tensors, settings = stored_tensors(model, KEYS), settings_of(model.config)
         export_network(tensors, settings, run.folder / "export")
         run.report({"steps": done, "held_out": float(watch()["held_out"])})
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
+from worldline.families.autoregressive.model import ARTransformer
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.diffusion.weights import KEYS as DIT_KEYS
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig, released_exponents
@@ -94,36 +93,6 @@ def dit_settings(config: DiTConfig | FlowDiTConfig) -> dict[str, Any]:
     """Content of config.json."""
     own = "timestep_scale" if isinstance(config, FlowDiTConfig) else "base_fps"
     return {"rope_ratio": list(config.rope_ratio), own: getattr(config, own)}
-
-
-def autoregressive_settings(config: ARTransformerConfig) -> dict[str, Any]:
-    """Content of config.json."""
-    settings: dict[str, Any] = {
-        "n_layers": config.depth,
-        "dim": config.width,
-        "n_heads": config.num_heads,
-        "n_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "ffn_hidden_size": config.hidden,
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "apply_abs_pos_emb": config.absolute_positions,
-        "insert_cross_attn_every_k_layers": config.context_every,
-        "vocab_size": config.vocabulary,
-        "apply_yarn": config.yarn is not None,
-        "insert_cross_attn": config.context_width is not None,
-        "video_latent_shape": [*astuple(config.grid)],
-    }
-    if config.context_width is not None:
-        settings["context_dim"] = config.context_width
-    if config.yarn is not None:
-        settings |= {
-            "original_latent_shape": [*config.yarn.original, config.yarn.original[1]],
-            "yarn_scale": config.yarn.scale,
-            "yarn_beta_fast": config.yarn.beta_fast,
-            "yarn_beta_slow": config.yarn.beta_slow,
-        }
-    return settings
 
 
 def cosmos_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:

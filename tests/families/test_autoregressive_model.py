@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny.export import autoregressive_settings, draw_weights
+from tiny.export import draw_weights
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive import model as model_module
 from worldline.families.autoregressive.model import (
@@ -18,7 +18,7 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.step import PlainDecoder, make_decoder
-from worldline.families.autoregressive.weights import KEYS, open_network, read_config
+from worldline.families.autoregressive.weights import KEYS, open_network, read_config, settings_of
 from worldline.nn.attention import KVCache
 from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish
@@ -238,11 +238,9 @@ def stored(config: ARTransformerConfig, path: Path) -> Checkpoint:
 @pytest.mark.parametrize("given", [BASE, VIDEO2WORLD], ids=["base", "video2world"])
 def test_settings_are_read_back(given: ARTransformerConfig) -> None:
     source = stored(given, Path("model.pt"))
-    assert read_config(source, autoregressive_settings(given)) == given
+    assert read_config(source(given)) == given
     # embeddings may have more rows than there are ids to draw
-    assert (
-        read_config(source, {**autoregressive_settings(given), "vocab_size": 40}).vocabulary == 40
-    )
+    assert read_config(source, {**settings_of(given), "vocab_size": 40}).vocabulary == 40
 
 
 @pytest.mark.parametrize(
@@ -259,7 +257,7 @@ def test_settings_are_read_back(given: ARTransformerConfig) -> None:
 )
 def test_wrong_settings(field: str, value: object, tmp_path: Path) -> None:
     source = stored(VIDEO2WORLD, tmp_path / "model.pt")
-    settings = {**autoregressive_settings(VIDEO2WORLD), field: value}
+    settings = {**settings_of(VIDEO2WORLD), field: value}
     wanted = f"{tmp_path / 'config.json'}: {field} is {value!r}"
     with pytest.raises(CheckpointError, match=re.escape(wanted)):
         read_config(source, settings)
@@ -269,7 +267,7 @@ def test_wrong_settings(field: str, value: object, tmp_path: Path) -> None:
 def test_settings_that_contradict_the_tensors(changed: dict[str, int], tmp_path: Path) -> None:
     source = stored(VIDEO2WORLD, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"wrong shape: .*layers\.0|output\.weight is \["):
-        open_network(source, {**autoregressive_settings(VIDEO2WORLD), **changed})
+        open_network(source, {**settings_of(VIDEO2WORLD), **changed})
 
 
 def test_shapes_that_decide_nothing(tmp_path: Path) -> None:

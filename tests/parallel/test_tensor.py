@@ -25,7 +25,6 @@ from tests.threads import in_threads, tensor_parallel
 from tests.tiny_decoder import VIDEO2WORLD as VIDEO2WORLD_NAME
 from tests.tiny_decoder import video2world
 from tests.weights.test_distributed import write
-from tiny.export import autoregressive_settings
 from worldline.errors import CheckpointError, InputError
 from worldline.families.autoregressive.family import FAMILY
 from worldline.families.autoregressive.model import (
@@ -35,7 +34,7 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.step import PlainDecoder, make_decoder
-from worldline.families.autoregressive.weights import KEYS, open_network
+from worldline.families.autoregressive.weights import KEYS, open_network, settings_of
 from worldline.family import Compute
 from worldline.nn.rope import Yarn
 from worldline.parallel import tensor
@@ -92,7 +91,7 @@ def write_model(folder: Path, config: ARTransformerConfig, form: str) -> Path:
     """Save a model in a form that is read: a suffix, or a number of shards."""
     folder.mkdir(parents=True)
     tensors = released(config)
-    (folder / "config.json").write_text(json.dumps(autoregressive_settings(config)))
+    (folder / "config.json").write_text(json.dumps(settings_of(config)))
     if form.isdigit():
         for rank, shard in enumerate(shards(tensors, int(form))):
             torch.save(shard, folder / f"model_model_mp_{rank}.pt")
@@ -271,7 +270,7 @@ def test_replicas_that_drifted_are_averaged_by_each(tmp_path: Path) -> None:
     for rank, shard in enumerate(shards(released(BASE), 2)):
         shard[NORM] += rank / 16
         torch.save(shard, tmp_path / f"model_model_mp_{rank}.pt")
-    (tmp_path / "config.json").write_text(json.dumps(autoregressive_settings(BASE)))
+    (tmp_path / "config.json").write_text(json.dumps(settings_of(BASE)))
     mean = released(BASE)[NORM].float() + 1 / 32
     for rank in range(4):
         norm = load(Axis(rank, 4), tmp_path).norm.weight
@@ -285,7 +284,7 @@ def test_replicas_that_drifted_are_averaged_by_each(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_found_in_a_part(tmp_path: Path) -> None:
     tensors = released(BASE)
     tensors["model.layers.1.feed_forward.w2.weight"][3, 50] = torch.nan  # of the fifth of eight
-    (tmp_path / "config.json").write_text(json.dumps(autoregressive_settings(BASE)))
+    (tmp_path / "config.json").write_text(json.dumps(settings_of(BASE)))
     save(tensors, tmp_path / "model.safetensors")
     load(Axis(4, 8), tmp_path)
     with pytest.raises(CheckpointError, match=r"w2\.weight holds NaN"):

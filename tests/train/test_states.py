@@ -45,13 +45,13 @@ def test_a_state_is_restored_with_its_facts(tmp_path: Path) -> None:
     [(1, 0, [9]), (2, 0, [8, 9]), (1, 3, [3, 6, 9]), (3, 4, [4, 7, 8, 9])],
 )
 def test_some_are_kept(tmp_path: Path, last: int, every: int, kept: list[int]) -> None:
-    done: list[int] = []
-    states = States(tmp_path, keep_last=last, keep_every=every, finished=done.append)
+    removed: list[int] = []
+    states = States(tmp_path, keep_last=last, keep_every=every, removed=removed.append)
     for step in range(1, 10):
         states.save(step, tensors(step), {})
     states.wait()
     assert states.steps() == kept
-    assert done == [*range(1, 10)]
+    assert {*removed} == {*range(1, 10)} - {*kept}
     assert {path.name for path in tmp_path.iterdir()} == {states.path(s).name for s in kept}
 
 

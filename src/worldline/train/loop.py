@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from worldline.errors import NonFiniteError
 from worldline.parallel.mesh import ALONE, Axis
+from worldline.train.files import Checkpoints
 from worldline.train.optim import Average, Decay, Rate, Rising, make_optimizer, trainable
 from worldline.train.sharding import Sharded, local
 from worldline.train.states import States
@@ -132,7 +133,12 @@ class Run:
     Attributes:
         parameters: what this process holds of each parameter that is trained, by name.
         step: steps done.
+        files: of the model, which are written with each state; None writes none.
+        with_state: whether states are written.
     """
+
+    files: Checkpoints | None
+    with_state: bool
 
     def __init__(
         self,
@@ -157,7 +163,7 @@ class Run:
         )
         self.average = config.average and Average(self.parameters, config.average)
         self.states = States(folder, ranks, config.keep_last, config.keep_every)
-        self.step = 0
+        self.step, self.files, self.with_state = 0, None, True
         device = next(iter(self.parameters.values())).device
         # on the device, where a graph finds them: this step, the first one that is not finite
         self.now, self.failed = torch.full((2,), -1, device=device).unbind()
@@ -179,6 +185,27 @@ class Run:
             facts = self.states.restore(steps[-1], self.state())
             self.step = steps[-1]
             self.objective.restore(facts["position"])
+
+    def keep(self, files: Checkpoints, with_state: bool) -> None:
+        """Write a model's files with each state, or without."""
+        self.files, self.with_state = files, with_state
+        self.states.removed = files.remove
+
+    def whole_tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Weights or averages of the whole module by name, one at a time, in all processes."""
+        for name, parameter in self.module.named_parameters():
+            value = parameter.detach()
+            if kind == "average" and self.average and name in self.average.values:
+                value = _spread(self.average.values[name], parameter)
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+    def _save(self) -> None:
+        facts = {"position": self.objective.position()}
+        write: Callable[[], None] = lambda: None  # noqa: E731
+        if self.files:
+            writes = self.sharded is None or self.sharded.mesh["dp"].get_local_rank() == 0
+            write = self.files.gather(self.step, self.whole_tensors, writes)
+        self.states.save(self.step, self.state() if self.with_state else None, facts, write)
 
     def go(self, seconds: float | None, stopping: Callable[[], bool]) -> tuple[int, Average | None]:
         entered, config, objective = time.monotonic(), self.config, self.objective
@@ -215,7 +242,7 @@ class Run:
                     late = logged and self.ranks.any(late)
                 if last or late or self.step % config.save_every == 0:
                     self._check_finite()
-                    self.states.save(self.step, self.state(), {"position": objective.position()})
+                    self._save()
                 if late:
                     break
         self.states.wait()

@@ -39,16 +39,17 @@ class States:
         ranks: processes that write together.
         keep_last: number of the newest ones that are kept.
         keep_every: those of steps that it divides are kept, too; 0 keeps none for that.
-        finished: called in the first process, with a step, once its state is whole.
+        removed: called in the first process, with a step that is no longer kept.
     """
 
     folder: Path
     ranks: Axis = ALONE.world
     keep_last: int = 1
     keep_every: int = 0
-    finished: Callable[[int], None] = lambda step: None
+    removed: Callable[[int], None] = lambda step: None
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "state"))
     _pending: Future[None] | None = None
+    _written: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._ranks = self.ranks.apart()  # a thread must not talk between two words of another
@@ -81,23 +82,32 @@ class States:
                 f"{readable_size(free)}; free some, or set checkpoint.save_state=false"
             )
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor] | None,
+        facts: Mapping[str, Any],
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write a state in the background, once the one before is whole.
 
         Args:
             step: number of steps that are done.
-            tensors: copied before this returns.
+            tensors: copied before this returns; None writes only what is beside them.
             facts: what a run needs beside tensors, as JSON.
+            beside: writes other files of this step, before the state.
 
         Raises:
             Error: the one before could not be written.
         """
         self.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         path = self.path(step)
+        copies = None
+        if tensors is not None:
+            copies = {n: tensor.detach().to("cpu", copy=True) for n, tensor in tensors.items()}
         temporary = Path(self.ranks.once(lambda: str(temporary_name(path))))
-        text = json.dumps(dict(facts))
-        self._pending = self._writer.submit(self._write, step, temporary, copies, text)
+        arguments = step, temporary, copies, json.dumps(dict(facts)), beside
+        self._pending = self._writer.submit(self._write, *arguments)
 
     def wait(self) -> None:
         """Return once everything is on the disk.
@@ -109,20 +119,28 @@ class States:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, temporary: Path, tensors: dict[str, Tensor], facts: str) -> None:
+    def _write(
+        self,
+        step: int,
+        temporary: Path,
+        tensors: dict[str, Tensor] | None,
+        facts: str,
+        beside: Callable[[], None],
+    ) -> None:
         try:
             if self._ranks.first:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 remove_stale(self.path(step))
-            writer = dcp.FileSystemWriter(temporary, sync_files=True)
-            with _quiet():
-                dcp.save(tensors, storage_writer=writer, **_together(self._ranks))
-            if self._ranks.first:
-                (temporary / FACTS).write_text(facts)
-                remove(self.path(step))  # of a run that went back
-                temporary.replace(self.path(step))
-                self.finished(step)
-                self._prune(step)
+            beside()
+            if tensors is not None:
+                writer = dcp.FileSystemWriter(temporary, sync_files=True)
+                with _quiet():
+                    dcp.save(tensors, storage_writer=writer, **_together(self._ranks))
+                if self._ranks.first:
+                    (temporary / FACTS).write_text(facts)
+                    remove(self.path(step))  # of a run that went back
+                    temporary.replace(self.path(step))
+            self._prune(step)
         except BaseException as error:  # torch's own is no Exception
             if self._ranks.first:
                 remove(temporary)
@@ -131,10 +149,12 @@ class States:
             raise Error(f"{self.folder}: a state cannot be written: {reason}") from error
 
     def _prune(self, newest: int) -> None:
-        steps = [step for step in self.steps() if step <= newest]
-        for step in steps[: -max(1, self.keep_last)]:
-            if not (self.keep_every and step % self.keep_every == 0):
+        self._written.append(newest)
+        steps = sorted({*self._written, *self.steps()})
+        for step in [step for step in steps if step <= newest][: -max(1, self.keep_last)]:
+            if not (self.keep_every and step % self.keep_every == 0) and self._ranks.first:
                 remove(self.path(step))
+                self.removed(step)
 
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Read a state into tensors, in place; its facts.

@@ -10,17 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from worldline.families.autoregressive.model import ARTransformer, Positions, make_positions
-from worldline.family import Parts
+from worldline.families.autoregressive.model import (
+    ARTransformer,
+    ARTransformerConfig,
+    Positions,
+    make_positions,
+)
+from worldline.families.autoregressive.weights import settings_of
+from worldline.family import Opened, Parts
 from worldline.losses import IGNORED, next_token_labels
 from worldline.shapes import LatentShape
+from worldline.weights.keymap import KeyMap
+from worldline.weights.networks import Network
 
 _ROWS = 1024  # positions whose float32 logits exist at once: those of a clip would need 2.7 GB
 
@@ -125,6 +133,28 @@ class TrainingStep(nn.Module):
         batch = tokens.long(), self.positions[where], text
         entropy, z = self.recipe.loss(self.network, batch, text_kept)
         return entropy + z, {"cross_entropy": entropy.detach(), "z_loss": z.detach()}
+
+
+# files of a checkpoint: name, what it holds, precision; and what names the newest
+MODEL_FILES = (("iter_{step:09}.pt", "weights", torch.bfloat16),)
+LATEST = "iter_{step:09}.pt"
+
+
+def make_step(
+    model: ARTransformer, recipe: NextTokenObjective, grid: LatentShape, network: Network[Any]
+) -> TrainingStep:
+    """A step of a model, whose files are those of `network`."""
+    return TrainingStep(model, recipe, grid)
+
+
+def released_name(keys: KeyMap, name: str) -> str:
+    """Name in files of a parameter of a step."""
+    return keys.released(name.removeprefix("network."))
+
+
+def settings(config: ARTransformerConfig, opened: Opened) -> dict[str, Any]:
+    """Content of config.json beside a checkpoint, with the grid of training."""
+    return settings_of(replace(opened.config, grid=config.grid))  # `config` may be a part's
 
 
 @torch.no_grad()

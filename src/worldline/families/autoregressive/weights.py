@@ -154,3 +154,33 @@ def layout(network: Network[ARTransformerConfig], diffusers: bool) -> tuple[KeyM
     if diffusers:
         raise CheckpointError(f"{network.path}: diffusers has no autoregressive transformer")
     return KEYS, {}
+
+
+def settings_of(config: ARTransformerConfig) -> dict[str, Any]:
+    """Content of config.json."""
+    settings: dict[str, Any] = {
+        "n_layers": config.depth,
+        "dim": config.width,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "ffn_hidden_size": config.hidden,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "apply_abs_pos_emb": config.absolute_positions,
+        "insert_cross_attn_every_k_layers": config.context_every,
+        "vocab_size": config.vocabulary,
+        "apply_yarn": config.yarn is not None,
+        "insert_cross_attn": config.context_width is not None,
+        "video_latent_shape": [*astuple(config.grid)],
+    }
+    if config.context_width is not None:
+        settings["context_dim"] = config.context_width
+    if config.yarn is not None:
+        settings |= {
+            "original_latent_shape": [*config.yarn.original, config.yarn.original[1]],
+            "yarn_scale": config.yarn.scale,
+            "yarn_beta_fast": config.yarn.beta_fast,
+            "yarn_beta_slow": config.yarn.beta_slow,
+        }
+    return settings

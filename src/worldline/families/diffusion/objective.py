@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from worldline.families.diffusion.model import DiT
-from worldline.family import Parts
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, denoising_loss, noised_latents
 from worldline.nn.pieces import encode_stream
 from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.shapes import LatentShape
+from worldline.weights.checkpoint import Checkpoint
+from worldline.weights.keymap import KeyMap
+from worldline.weights.networks import Network
 
 _FEATURES = 128
 
@@ -200,6 +203,48 @@ class TrainingStep(nn.Module):
         batch = latents, text, float(fps[0]), None
         loss = self.recipe.loss(self.network, self.uncertainty, batch, Draws(*draws))
         return loss.mean(), {}
+
+
+# files of a checkpoint: name, what it holds, precision; and what names the newest
+MODEL_FILES = (
+    ("iter_{step:09}_reg_model.pt", "weights", torch.bfloat16),
+    ("iter_{step:09}_ema_model.pt", "average", torch.float32),
+    ("iter_{step:09}.pt", "iteration", torch.bfloat16),
+)
+LATEST = "iter_{step:09}.pt"
+_UNCERTAINTY = {
+    "frequencies": "logvar.0.freqs",
+    "phases": "logvar.0.phases",
+    "weight": "logvar.1.weight",
+}
+
+
+def make_step(
+    model: DiT, recipe: DenoisingObjective, grid: LatentShape, network: Network[Any]
+) -> TrainingStep:
+    """A step of a model, whose files are those of `network`; they may hold the uncertainty."""
+    return TrainingStep(model, recipe, grid, read_uncertainty(network.source))
+
+
+def read_uncertainty(source: Checkpoint) -> Uncertainty | None:
+    """The uncertainty in a file; None where there is none, as in diffusers' layout."""
+    if not {*_UNCERTAINTY.values()} <= source.tensors.keys():
+        return None
+    tensors = {name: source.read(key).float() for name, key in _UNCERTAINTY.items()}
+    uncertainty = Uncertainty(len(tensors["phases"]))
+    uncertainty.load_state_dict(tensors)
+    return uncertainty
+
+
+def released_name(keys: KeyMap, name: str) -> str:
+    """Name in files of a parameter or buffer of a step."""
+    part, _, rest = name.partition(".")
+    return _UNCERTAINTY[rest] if part == "uncertainty" else keys.released(rest)
+
+
+def settings(config: DiTConfig, opened: Opened) -> dict[str, Any]:
+    """Content of config.json beside a checkpoint."""
+    return {**opened.settings, "rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}
 
 
 @torch.no_grad()

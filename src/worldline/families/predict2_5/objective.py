@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from worldline.families.predict2_5.model import FlowDiT
-from worldline.family import Parts
+from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
+from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
 from worldline.nn.pieces import encode_stream
 from worldline.sampling.flow import SHIFT, TIMESTEPS
 from worldline.shapes import LatentShape
+from worldline.weights.keymap import KeyMap
+from worldline.weights.networks import Network
 
 HIGH_TIMESTEPS = (980.0, 1000.0)
 
@@ -139,6 +141,35 @@ class TrainingStep(nn.Module):
         """The loss, and no terms; see `FlowObjective.loss`."""
         loss = self.recipe.loss(self.network, (latents, text, None), Draws(*draws))
         return loss.mean(), {}
+
+
+# files of a checkpoint: name, what it holds, precision; and what names the newest
+MODEL_FILES = (
+    ("iter_{step:09}/model.pt", "weights", torch.bfloat16),
+    ("iter_{step:09}/model_ema_bf16.pt", "average", torch.bfloat16),
+)
+LATEST = "iter_{step:09}"
+
+
+def make_step(
+    model: FlowDiT, recipe: FlowObjective, grid: LatentShape, network: Network[Any]
+) -> TrainingStep:
+    """A step of a model, whose files are those of `network`."""
+    return TrainingStep(model, recipe, grid)
+
+
+def released_name(keys: KeyMap, name: str) -> str:
+    """Name in files of a parameter of a step."""
+    return keys.released(name.removeprefix("network."))
+
+
+def settings(config: FlowDiTConfig, opened: Opened) -> dict[str, Any]:
+    """Content of config.json beside a checkpoint."""
+    return {
+        **opened.settings,
+        "rope_ratio": [*config.rope_ratio],
+        "timestep_scale": config.timestep_scale,
+    }
 
 
 @torch.no_grad()

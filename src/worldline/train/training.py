@@ -1,0 +1,415 @@
+"""A run of an experiment: everything is checked, then the model is read and the loop begins."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from worldline.errors import InputError, brief, did_you_mean
+from worldline.family import FAMILIES, Compute, Opened, Parts
+from worldline.files import check_folder, readable_size
+from worldline.locate import locate
+from worldline.nn.modulation import fused
+from worldline.opening import choose_device, open_world
+from worldline.parallel import job
+from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
+from worldline.shapes import LatentShape, VideoShape
+from worldline.train.data.clips import Clips, Window, open_clips
+from worldline.train.data.frames import Transform
+from worldline.train.data.loader import Loader
+from worldline.train.data.texts import Texts
+from worldline.train.experiment import Experiment
+from worldline.train.files import Checkpoints, ModelFile
+from worldline.train.loop import LoopConfig, Objective, Run, generator
+from worldline.train.optim import Cosine, Linear, Power, Rate
+from worldline.train.sharding import Sharded, share
+from worldline.weights.checkpoint import cut
+from worldline.weights.networks import Network, shapes_of
+
+log = logging.getLogger(__name__)
+
+_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run whose settings, model and clips fit one another; nothing large is read yet.
+
+    Attributes:
+        experiment: as it was asked for.
+        opened: the model.
+        clips: to train on.
+        recipe: of the family's step.
+        mesh: processes: `tp` share layers, `dp` batches and weights.
+        device: of this process.
+    """
+
+    experiment: Experiment
+    opened: Opened
+    clips: Clips
+    recipe: Any
+    mesh: Mesh
+    device: torch.device
+
+    @cached_property
+    def module(self) -> Any:
+        """The family's `objective`."""
+        return _objective(self.opened)
+
+    @property
+    def network(self) -> Network[Any]:
+        network: Network[Any] = self.opened["transformer"]
+        return network
+
+    @property
+    def folder(self) -> Path:
+        """Where files of checkpoints go."""
+        return self.experiment.folder / "checkpoints"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.experiment.trainer.precision)
+        return dtype
+
+    @property
+    def grid(self) -> LatentShape:
+        return _grid(self.experiment, self.opened)
+
+    def describe(self) -> Iterator[str]:
+        """Lines about the run."""
+        experiment, layout = self.experiment, self.mesh.layout
+        yield f"{self.opened.name}: {self.network.num_parameters / 1e9:.2f} B parameters"
+        yield f"{experiment.data.dataset_dir}: {self.clips}"
+        size = VideoShape(experiment.data.num_frames, *experiment.data.video_size)
+        batch = experiment.data.batch_size * layout.dp * experiment.trainer.grad_accum_iter
+        yield f"{batch} clips of {size} a step, {experiment.trainer.max_iter:,} steps"
+        if layout.count > 1:
+            yield f"{layout.count} processes: {layout}"
+
+
+def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> Training:
+    """Check everything that can be wrong, from headers of files alone.
+
+    Args:
+        experiment: what to train.
+        device: by default a GPU where there is one.
+        checkpoint_dir: folder of released models.
+
+    Raises:
+        InputError: settings that do not fit one another, or clips that cannot be used.
+        CheckpointError: no model, or another one.
+    """
+    place = choose_device(job.own_device(device))
+    world = job.join(place)
+    check_folder(experiment.folder)
+    name = experiment.checkpoint.load_path or experiment.model
+    if not name:
+        raise InputError("model: it is missing; give a released name or a folder")
+    opened = open_world(locate(name, checkpoint_dir), {"checkpoint_dir": checkpoint_dir})
+    recipe = _recipe(experiment, opened)
+    tp = experiment.parallel.tensor_model_parallel_size
+    _check_parallel(opened, tp, world.count)
+    _check_grid(experiment, opened)
+    mesh = make_mesh(Layout(dp=world.count // tp, tp=tp), world)
+    clips = _clips(experiment, opened, world)
+    return Training(experiment, opened, clips, recipe, mesh, place)
+
+
+def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Train to the end, or until it is to stop; the number of steps done."""
+    experiment, mesh = training.experiment, training.mesh
+    folder = experiment.folder
+    if mesh.world.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CONFIG).write_text(experiment.to_yaml())
+    if experiment.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    step, sharded, cut_axes = _module(training)
+    data = _Batches(training, step)
+    objective = Objective(
+        draw=data.draw,
+        loss=step,
+        position=data.loader.state,
+        restore=data.loader.restore,
+        named=data.named,
+    )
+    run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
+    run.keep(_checkpoints(training, step, cut_axes), experiment.checkpoint.save_state)
+    if mesh.world.first:
+        training.folder.mkdir(parents=True, exist_ok=True)
+        settings = training.module.settings(step.network.config, training.opened)
+        (training.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    done, _ = run.go(None, stopping)
+    return done
+
+
+def _objective(opened: Opened) -> Any:
+    return import_module(f"{FAMILIES[opened.family.name]}.objective")
+
+
+def _recipe(experiment: Experiment, opened: Opened) -> Any:
+    """The family's recipe with the experiment's fields.
+
+    Raises:
+        InputError: a field is unknown, or wrong.
+    """
+    kind = _objective(opened).TrainingStep.RECIPE
+    known = [field.name for field in fields(kind)]
+    for name in experiment.objective:
+        if name not in known:
+            advice = did_you_mean(name, known, 0.6) or f"; there are: {', '.join(known)}"
+            raise InputError(f"objective.{name}: {opened.name} has no such field{advice}")
+    try:
+        return TypeAdapter(kind).validate_python(experiment.objective)
+    except ValidationError as error:
+        lines = (
+            f"objective.{each['loc'][0]} is {brief(each['input'])}; "
+            f"{each['msg'].replace('Input should', 'it must')}"
+            for each in error.errors()
+        )
+        raise InputError("\n".join(lines)) from None
+
+
+def _check_parallel(opened: Opened, tp: int, count: int) -> None:
+    if count % tp:
+        raise InputError(
+            f"parallel.tensor_model_parallel_size is {tp}, but there are {count} processes; start "
+            f"a multiple with torchrun --nproc_per_node"
+        )
+    if tp == 1:
+        return
+    config = opened.config
+    if opened["transformer"].shards is None:
+        raise InputError(
+            f"parallel.tensor_model_parallel_size is {tp}; layers of {opened.name} are not shared: "
+            "give 1, and processes share its weights"
+        )
+    if config.divisor % tp:
+        divisors = (n for n in range(1, config.divisor + 1) if config.divisor % n == 0)
+        raise InputError(
+            f"parallel.tensor_model_parallel_size is {tp}; {opened.name} can be shared by "
+            f"{', '.join(map(str, divisors))}"
+        )
+
+
+def _grid(experiment: Experiment, opened: Opened) -> LatentShape:
+    tokenizer, data = opened["tokenizer"].config, experiment.data
+    video = VideoShape(data.num_frames, *data.video_size)
+    grid: LatentShape = video.latent(tokenizer.temporal, tokenizer.spatial)
+    return grid
+
+
+def _check_grid(experiment: Experiment, opened: Opened) -> None:
+    """Raise `InputError` for a size that the tokenizer or the network does not take."""
+    try:
+        grid = _grid(experiment, opened)
+        if hasattr(opened.config, "tokens"):
+            opened.config.tokens(grid)
+    except ValueError as error:
+        size = [experiment.data.num_frames, *experiment.data.video_size]
+        raise InputError(f"data.num_frames and data.video_size are {size}: {error}") from None
+
+
+def _clips(experiment: Experiment, opened: Opened, world: Axis) -> Clips:
+    data = experiment.data
+    if data.dataset_dir is None:
+        raise InputError("data.dataset_dir: it is missing; give a folder of videos")
+    folder = Path(data.dataset_dir)
+    window = Window(
+        num_frames=data.num_frames,
+        interval=data.sequence_interval,
+        start_interval=data.start_frame_interval,
+        random_start=data.one_per_video,
+    )
+    transform = Transform(*data.video_size, fit=data.fit)
+    if data.fit == "stretch":
+        transform = replace(transform, resample="bilinear")
+    width = getattr(opened.config, "text_width", opened.config.context_width)
+    texts = None
+    if width:
+        source = "embeddings" if any((folder / "t5_xxl").glob("*.pickle")) else "auto"
+        texts = Texts(source=source, caption=data.caption, width=width, rows=opened.text_length)
+    return open_clips(folder, window, transform, texts=texts, ranks=world)
+
+
+def _rate(experiment: Experiment) -> Rate:
+    settings, peak, steps = (
+        experiment.scheduler,
+        experiment.optimizer.lr,
+        experiment.trainer.max_iter,
+    )
+    if settings.warmup > steps:
+        log.warning(
+            "scheduler.warmup is %d, more than the run's %d steps: the learning rate never reaches "
+            "%g",
+            settings.warmup,
+            steps,
+            peak,
+        )
+    if settings.kind == "cosine":
+        decay = settings.decay or steps
+        return Cosine(peak=peak, warmup=settings.warmup, decay=decay, floor=peak * settings.end)
+    return Linear(
+        peak=peak,
+        warmup=settings.warmup,
+        cycle=settings.cycle,
+        start=settings.start,
+        top=settings.top,
+        end=settings.end,
+    )
+
+
+def _loop(experiment: Experiment) -> LoopConfig:
+    trainer, optimizer, files = experiment.trainer, experiment.optimizer, experiment.checkpoint
+    return LoopConfig(
+        steps=trainer.max_iter,
+        rate=_rate(experiment),
+        weight_decay=optimizer.weight_decay,
+        decay_all=True,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        clip=trainer.clip_norm,
+        average=Power(experiment.average.rate) if experiment.average.enabled else None,
+        accumulate=trainer.grad_accum_iter,
+        log_every=trainer.logging_iter,
+        save_every=files.save_iter,
+        keep_last=files.keep_last,
+        keep_every=files.keep_every,
+    )
+
+
+def _module(training: Training) -> tuple[Any, Sharded, dict[str, int]]:
+    """The step's module with its weights, how it is shared, and axes on which layers are cut."""
+    network, mesh = training.network, training.mesh
+    whole = shapes_of(network.kind, network.config)
+    compute = Compute(training.device, torch.float32, torch.float32, False, mesh=mesh)
+    part = network
+    if mesh.layout.tp > 1:
+        part = replace(network.part(compute), source=cut(network.source, mesh.tp))
+    model = part.read(training.device, torch.float32).requires_grad_(True)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    axes = {
+        name: axis
+        for name, shape in shapes.items()
+        for axis, size in enumerate(shape)
+        if size != whole[name][axis]
+    }
+    step = training.module.make_step(model, training.recipe, training.grid, network)
+    step.to(training.device)
+    blocks = step.BLOCKS
+    if training.experiment.trainer.activation_checkpointing != "off":
+        for block in model.get_submodule(blocks).children():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    sharded = share(
+        step,
+        "network",
+        _device_mesh(training),
+        blocks=blocks,
+        compute=training.dtype,
+        whole=whole,
+        plan=network.shards,
+    )
+    return step, sharded, axes
+
+
+def _device_mesh(training: Training) -> DeviceMesh:
+    """The mesh as torch has it; a process alone makes a group of itself."""
+    layout, kind = training.mesh.layout, training.device.type
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    return init_device_mesh(kind, (layout.dp, layout.tp), mesh_dim_names=("dp", "tp"))
+
+
+class _Batches:
+    """Batches by their numbers: read, encoded, with the step's random numbers."""
+
+    def __init__(self, training: Training, step: Any) -> None:
+        self.training, self.step, self.mesh = training, step, training.mesh
+        data, trainer = training.experiment.data, training.experiment.trainer
+        self.loader = Loader(
+            training.clips,
+            batch_size=data.batch_size,
+            num_workers=data.num_workers,
+            pin_memory=training.device.type == "cuda",
+            seed=trainer.seed,
+            repeated=data.same_order,
+            ranks=self.mesh.dp,
+            together=self.mesh.tp,
+        )
+        self.seed = trainer.seed
+        self.names: dict[int, Sequence[str]] = {}
+        self.batches: Iterator[Any] | None = None
+        dtype = training.dtype
+        text = dtype if dtype == torch.float32 else torch.bfloat16
+        compute = Compute(training.device, dtype, text, fused(training.device))
+        loaded = {"tokenizer": training.opened["tokenizer"].load(compute, offload=False)}
+        if training.clips.texts is not None and "text" in training.opened.parts:
+            loaded["text"] = training.opened["text"].load(compute, offload=True)
+        self.parts = Parts(training.opened, compute, loaded)
+
+    def draw(self, number: int) -> tuple[Tensor, ...]:
+        self.batches = self.batches or iter(self.loader)
+        item = next(self.batches)
+        self.names = {number: item["name"], **dict([*self.names.items()][:99])}
+        device = self.training.device
+        video = item["video"].to(device, self.parts.compute.dtype) / 127.5 - 1
+        fps = item["fps"].tolist()
+        encoded = self.training.module.encode_batch(self.parts, video, self._text(item), fps)
+        encoded = tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in encoded)
+        draws = generator(self.seed, number, rank=self.mesh.dp.rank)
+        return tuple(self.step.draw(encoded, draws))
+
+    def named(self, number: int) -> str:
+        return "; ".join(self.names.get(number, ())) or f"batch {number}"
+
+    def _text(self, item: Any) -> Tensor | None:
+        if "t5_text_embeddings" in item:
+            given: Tensor = item["t5_text_embeddings"].to(self.training.device)
+            return given
+        if "ai_caption" not in item or self.parts.text is None:
+            return None
+        captions = item["ai_caption"]
+        embedded = self.mesh.world.once(lambda: self.parts.text.embed(captions))  # type: ignore[union-attr]
+        return torch.cat([embedded[caption] for caption in captions])
+
+
+def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> Checkpoints:
+    """Files of checkpoints, and how tensors are named in them."""
+    network, files = training.network, training.module
+    buffers = {name: tensor.cpu() for name, tensor in step.named_buffers()}
+    released = partial(files.released_name, network.keys)
+    named = {released(name): tensor for name, tensor in buffers.items()}
+    averaged = training.experiment.average.enabled
+    chosen = [ModelFile(*each) for each in files.MODEL_FILES]
+    cut_axes = {f"network.{name}": axis for name, axis in axes.items()}
+    return Checkpoints(
+        training.folder,
+        tuple(file for file in chosen if averaged or file.kind != "average"),
+        files.LATEST,
+        released,
+        named,
+        training.mesh.tp,
+        cut_axes,
+    )
+
+
+def room(training: Training) -> str:
+    """Bytes of a checkpoint in words."""
+    return readable_size(16 * training.network.num_parameters)
