@@ -33,7 +33,8 @@ SETTINGS = {
 }
 # beside the released ones, the first word of which is a family's name
 COMMANDS = (
-    *("demo", "generate", "tokenize", "fleet", "evaluate", "models", "doctor", "checkpoints"),
+    *("demo", "generate", "train", "tokenize", "fleet", "evaluate", "models", "doctor"),
+    "checkpoints",
 )
 # options of every command, which may stand anywhere before --
 COMMON = {
@@ -88,7 +89,7 @@ class Main(click.Group):
             logger.setLevel(min((one.level for one in handlers), default=logging.CRITICAL))
             if not job.launched():  # else the process that did has begun
                 report_event("start", " ".join(["worldline", *words[:1]]))  # others may be a prompt
-            splits = {"generate", *FAMILIES} & {*words[:1]}
+            splits = {"generate", "train", *FAMILIES} & {*words[:1]}
             if splits or job.alone():
                 run = partial(super().main, words, "worldline", obj=typed)
                 status = run(standalone_mode=False) or 0

@@ -75,7 +75,7 @@ class Data(Section):
 
     Attributes:
         dataset_dir: folder of videos, or one with `videos`, `metas` and the like in it.
-        num_frames: of a clip.
+        num_frames: of a clip; None is the model's own, so is `video_size`.
         sequence_interval: frames from one of a clip to the next.
         start_frame_interval: frames from the start of one clip to that of the next.
         video_size: height and width.
@@ -91,10 +91,10 @@ class Data(Section):
 
     dataset_dir: str | None = None
     validation_dir: str | None = None
-    num_frames: Count = 33
+    num_frames: Count | None = None
     sequence_interval: Count = 1
     start_frame_interval: Count = 1
-    video_size: tuple[Count, Count] = (640, 1024)
+    video_size: tuple[Count, Count] | None = None
     fit: Literal["crop", "stretch"] = "crop"
     one_per_video: bool = False
     image_size: tuple[Count, Count] | None = None
@@ -278,6 +278,14 @@ def read(name: str, overrides: Sequence[str] = ()) -> Experiment:
     stated = _stated(path)
     stated.setdefault("job", {}).setdefault("name", path.stem)
     return check(stated, overrides)
+
+
+def short_form(family: str, stated: dict[str, Any]) -> dict[str, Any]:
+    """Values of a family's experiments under those that are stated; clips have the model's size."""
+    base = _stated(EXPERIMENTS / f"{family}.yaml")
+    sizes = ("num_frames", "video_size", "image_size")
+    base["data"] = {name: value for name, value in base["data"].items() if name not in sizes}
+    return _merged(base, stated)
 
 
 def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:

@@ -85,18 +85,22 @@ class Training:
         dtype: torch.dtype = getattr(torch, self.experiment.trainer.precision)
         return dtype
 
+    @cached_property
+    def video(self) -> VideoShape:
+        """Size of a clip."""
+        return _video(self.experiment, self.opened)
+
     @property
     def grid(self) -> LatentShape:
-        return _grid(self.experiment, self.opened)
+        return _grid(self.opened, self.video)
 
     def describe(self) -> Iterator[str]:
         """Lines about the run."""
         experiment, layout = self.experiment, self.mesh.layout
         yield f"{self.opened.name}: {self.network.num_parameters / 1e9:.2f} B parameters"
         yield f"{experiment.data.dataset_dir}: {self.clips}"
-        size = VideoShape(experiment.data.num_frames, *experiment.data.video_size)
         batch = experiment.data.batch_size * layout.dp * experiment.trainer.grad_accum_iter
-        yield f"{batch} clips of {size} a step, {experiment.trainer.max_iter:,} steps"
+        yield f"{batch} clips of {_words(self.video)} a step, {experiment.trainer.max_iter:,} steps"
         if layout.count > 1:
             yield f"{layout.count} processes: {layout}"
 
@@ -123,9 +127,10 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     recipe = _recipe(experiment, opened)
     tp = experiment.parallel.tensor_model_parallel_size
     _check_parallel(opened, tp, world.count)
-    _check_grid(experiment, opened)
+    video = _video(experiment, opened)
+    _check_grid(opened, video)
     mesh = make_mesh(Layout(dp=world.count // tp, tp=tp), world)
-    clips = _clips(experiment, opened, world)
+    clips = _clips(experiment, opened, video, world)
     return Training(experiment, opened, clips, recipe, mesh, place)
 
 
@@ -207,36 +212,48 @@ def _check_parallel(opened: Opened, tp: int, count: int) -> None:
         )
 
 
-def _grid(experiment: Experiment, opened: Opened) -> LatentShape:
-    tokenizer, data = opened["tokenizer"].config, experiment.data
-    video = VideoShape(data.num_frames, *data.video_size)
+def _video(experiment: Experiment, opened: Opened) -> VideoShape:
+    """Size of a clip, in what is not stated the model's own."""
+    data, family = experiment.data, opened.family
+    own = family.video(opened, family.request.parse(opened.defaults))
+    height, width = data.video_size or (own.height, own.width)
+    return VideoShape(data.num_frames or own.frames, height, width)
+
+
+def _words(video: VideoShape) -> str:
+    return f"{video.frames} x {video.height} x {video.width}"
+
+
+def _grid(opened: Opened, video: VideoShape) -> LatentShape:
+    tokenizer = opened["tokenizer"].config
     grid: LatentShape = video.latent(tokenizer.temporal, tokenizer.spatial)
     return grid
 
 
-def _check_grid(experiment: Experiment, opened: Opened) -> None:
+def _check_grid(opened: Opened, video: VideoShape) -> None:
     """Raise `InputError` for a size that the tokenizer or the network does not take."""
     try:
-        grid = _grid(experiment, opened)
+        grid = _grid(opened, video)
         if hasattr(opened.config, "tokens"):
             opened.config.tokens(grid)
     except ValueError as error:
-        size = [experiment.data.num_frames, *experiment.data.video_size]
-        raise InputError(f"data.num_frames and data.video_size are {size}: {error}") from None
+        raise InputError(
+            f"data.num_frames and data.video_size make {_words(video)}: {error}"
+        ) from None
 
 
-def _clips(experiment: Experiment, opened: Opened, world: Axis) -> Clips:
+def _clips(experiment: Experiment, opened: Opened, video: VideoShape, world: Axis) -> Clips:
     data = experiment.data
     if data.dataset_dir is None:
         raise InputError("data.dataset_dir: it is missing; give a folder of videos")
     folder = Path(data.dataset_dir)
     window = Window(
-        num_frames=data.num_frames,
+        num_frames=video.frames,
         interval=data.sequence_interval,
         start_interval=data.start_frame_interval,
         random_start=data.one_per_video,
     )
-    transform = Transform(*data.video_size, fit=data.fit)
+    transform = Transform(video.height, video.width, fit=data.fit)
     if data.fit == "stretch":
         transform = replace(transform, resample="bilinear")
     width = getattr(opened.config, "text_width", opened.config.context_width)

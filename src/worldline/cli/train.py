@@ -1,0 +1,148 @@
+"""`worldline train`: post-training of a released model on a folder of videos."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from worldline.cli.messages import results
+from worldline.errors import InputError
+from worldline.files import check_path
+from worldline.train import experiment as experiments
+from worldline.train.experiment import Experiment
+
+logger = logging.getLogger(__name__)
+
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.argument("words", nargs=-1, metavar="[MODEL] [-- KEY=VALUE ...]")
+@click.option("--config", help="Of the released commands; any value, experiments have names here.")
+@click.option("--list", "listed", is_flag=True, help="List the experiments and end.")
+@click.option("--videos", help="Folder of videos, with captions beside them where a model reads.")
+@click.option("--caption", help="Caption of all videos.")
+@click.option("--max_steps", type=click.IntRange(min=1), help="Steps of the run.")
+@click.option("--resolution", help="Height and width, such as 384x640.  [default: the model's]")
+@click.option("--num_frames", type=click.IntRange(min=1), help="Frames of a clip.")
+@click.option("--learning_rate", type=float, help="Peak of the learning rate.")
+@click.option("--name", help="Name of the run.  [default: the model's]")
+@click.option("--checkpoint_dir", default="checkpoints", show_default=True, help="Models' folder.")
+@click.option("--device", help="cuda or cpu.  [default: cuda where there is one]")
+@click.option("--dry_run", "--dryrun", is_flag=True, help="Check and print all, train nothing.")
+@click.option("--cluster", hidden=True)
+def train(
+    words: tuple[str, ...],
+    config: str | None,
+    listed: bool,
+    checkpoint_dir: str,
+    device: str | None,
+    dry_run: bool,
+    cluster: str | None,
+    **short: Any,
+) -> None:
+    """Post-train MODEL on a folder of videos, or run an experiment.
+
+    `worldline train MODEL --videos DIR` has defaults for the rest, all of which are keys that
+    `--dry_run` prints and `-- KEY=VALUE` sets. `worldline train -- experiment=NAME KEY=VALUE` runs
+    one of the experiments that `--list` shows, or a YAML file like them.
+    """
+    if listed:
+        for name, line in experiments.released().items():
+            results.add(f"{name}: {line}")
+        return
+    experiment = _read(words, {name: value for name, value in short.items() if value is not None})
+    check_path(checkpoint_dir)
+    from worldline.train.training import prepare
+    from worldline.train.training import train as run
+
+    training = prepare(experiment, device, checkpoint_dir)
+    for line in training.describe():
+        logger.info("%s", line)
+    if dry_run:
+        training.experiment.folder.mkdir(parents=True, exist_ok=True)
+        (training.experiment.folder / "config.yaml").write_text(experiment.to_yaml())
+        results.add(experiment.to_yaml())
+        return
+    with _stops() as stopping:
+        done = run(training, stopping)
+    results.add(f"{training.folder}: {done:,} steps")
+    if done < experiment.trainer.max_iter:
+        raise KeyboardInterrupt
+
+
+def _read(words: tuple[str, ...], short: dict[str, Any]) -> Experiment:
+    """The experiment of a command line, and of its short form."""
+    models = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    names = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    overrides = [word for word in overrides if not word.startswith("experiment=")]
+    if len(models) + len(names) != 1:
+        raise InputError("give a MODEL with --videos, or -- experiment=NAME; --list shows them")
+    stated = _sections(short)
+    if names:
+        if stated:
+            given = ", ".join(f"--{name}" for name in short)
+            raise InputError(f"{given}: an experiment has keys for it; write -- KEY=VALUE")
+        return experiments.read(names[0], overrides)
+    return _of_model(models[0], stated, overrides)
+
+
+def _sections(short: dict[str, Any]) -> dict[str, Any]:
+    """Values of the short form, by the sections of an experiment."""
+    keys = {
+        "videos": ("data", "dataset_dir"),
+        "caption": ("data", "caption"),
+        "num_frames": ("data", "num_frames"),
+        "max_steps": ("trainer", "max_iter"),
+        "learning_rate": ("optimizer", "lr"),
+        "name": ("job", "name"),
+    }
+    stated: dict[str, Any] = {}
+    for name, value in short.items():
+        if name == "resolution":
+            height, _, width = value.lower().partition("x")
+            if not (height.isdigit() and width.isdigit()):
+                raise InputError(f"--resolution is {value}; give height x width, such as 384x640")
+            stated.setdefault("data", {})["video_size"] = [int(height), int(width)]
+        else:
+            section, key = keys[name]
+            stated.setdefault(section, {})[key] = value
+    return stated
+
+
+def _of_model(model: str, stated: dict[str, Any], overrides: list[str]) -> Experiment:
+    """Defaults of a model's family, with a rise of the learning rate as long as the run allows."""
+    from worldline.locate import locate
+    from worldline.opening import recognise
+
+    family = recognise(locate(model, "checkpoints")).family.name
+    job = {"name": Path(model).name, "group": "worldline", **stated.pop("job", {})}
+    merged = experiments.short_form(family, {**stated, "job": job, "model": model})
+    steps = merged["trainer"]["max_iter"] = merged["trainer"].get("max_iter", 1000)
+    steps = stated.get("trainer", {}).get("max_iter", 1000)
+    merged["trainer"]["max_iter"] = steps
+    merged["scheduler"]["warmup"] = min(merged["scheduler"]["warmup"], max(1, steps // 20))
+    return experiments.check(merged, overrides)
+
+
+@contextmanager
+def _stops() -> Iterator[Callable[[], bool]]:
+    """Whether a signal has asked to stop; the step is finished and saved first."""
+    asked: list[int] = []
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _STOPS}
+    for stop in _STOPS:
+        signal.signal(stop, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked and callable(before[asked[0]]):
+            before[asked[0]](asked[0], None)
