@@ -415,6 +415,8 @@ def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> C
     named = {released(name): tensor for name, tensor in buffers.items()}
     averaged = training.experiment.average.enabled
     chosen = [ModelFile(*each) for each in files.MODEL_FILES]
+    if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
+        chosen += [ModelFile(file.name, "iteration") for file in chosen]
     cut_axes = {f"network.{name}": axis for name, axis in axes.items()}
     return Checkpoints(
         training.folder,

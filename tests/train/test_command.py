@@ -1,0 +1,166 @@
+"""The train command: what it prints, writes and refuses; a killed run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file  # noqa: F401
+
+from tests.states import read_state
+from worldline.cli.main import main
+from worldline.video.write import write_video
+
+MODELS = {
+    "tiny-Cosmos-Predict1-4B": "posttraining/worldline",
+    "tiny-Cosmos-Predict1-7B-Video2World": "posttraining/worldline",
+    "tiny-Cosmos-Predict2.5-2B": "cosmos_predict_v2p5/worldline",
+}
+AR = "tiny-Cosmos-Predict1-4B"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips with captions."""
+    folder = tmp_path_factory.mktemp("videos")
+    generator = torch.Generator().manual_seed(0)
+    (folder / "metas").mkdir()
+    for number in range(3):
+        frames = torch.randint(256, (33, 8, 12, 3), generator=generator, dtype=torch.uint8)
+        large = frames.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        write_video(large.numpy(), folder / f"c{number}.mp4", 16)
+        (folder / "metas" / f"c{number}.txt").write_text(f"Clip {number}.")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "runs"
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *words])
+    return int(ended.value.code or 0)
+
+
+def words(model: str, videos: Path, *keys: str, steps: int = 2) -> list[str]:
+    line = [model, "--videos", str(videos), "--max_steps", str(steps), "--device", "cpu", "--"]
+    return [
+        *line,
+        "trainer.precision=float32",
+        "trainer.logging_iter=1",
+        "data.num_workers=0",
+        *keys,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_run_leaves(root: Path, videos: Path, model: str) -> None:
+    """A log, the settings, states, and weights that the model's own loader opens."""
+    assert run(*words(model, videos, "checkpoint.save_iter=2", "average.enabled=true")) == 0
+    folder = root / MODELS[model] / model
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["trainer"]["max_iter"] == 2
+    checkpoints = folder / "checkpoints"
+    lines = [json.loads(line) for line in (checkpoints / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert (checkpoints / "latest_checkpoint.txt").read_text().startswith("iter_000000002")
+    [newest] = [path for path in checkpoints.iterdir() if path.suffix == ".state"]
+    assert newest.name == "iter_000000002.state"
+
+
+def test_the_experiment_is_printed(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dry run trains nothing, and its file is the whole experiment."""
+    assert run(*words(AR, videos, "optimizer.lr=2e-5")[: -0 or None], "--dry_run") in (0, 2)
+    line = words(AR, videos, "optimizer.lr=2e-5")
+    assert run("--dryrun", *line) == 0
+    shown = yaml.safe_load(
+        capsys.readouterr().out.split("description:", 1)[1].join(["description:", ""])
+    )
+    assert shown["optimizer"]["lr"] == 2e-5
+    assert not (root / MODELS[AR] / AR / "checkpoints").exists()
+
+
+def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--list") == 0
+    assert "base_4b_example_tealrobot_tp4: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ([], ("MODEL", "experiment")),
+        (
+            ["--", "experiment=base_4b_example_tealrobotsmall_tp4"],
+            ("base_4b_example_tealrobot_tp4",),
+        ),
+        ([AR, "--videos", "VIDEOS", "--", "trainer.max_itr=3"], ("trainer.max_iter",)),
+        (
+            [AR, "--videos", "VIDEOS", "--", "objective.z_coeff=3"],
+            ("objective.z_coeff", "z_coefficient"),
+        ),
+        ([AR, "--videos", "VIDEOS", "--resolution", "big"], ("--resolution", "384x640")),
+        ([AR, "--videos", "VIDEOS", "--resolution", "100x192"], ("100",)),
+        ([AR, "--videos", "VIDEOS", "--num_frames", "41"], ("33 frames", "41")),
+        ([AR, "--videos", "EMPTY"], ("EMPTY",)),
+        (
+            [AR, "--videos", "VIDEOS", "--", "parallel.tensor_model_parallel_size=2"],
+            ("1 processes",),
+        ),
+        ([AR], ("data.dataset_dir",)),
+    ],
+)
+def test_what_is_refused(
+    root: Path,
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    line: list[str],
+    named: tuple[str, ...],
+) -> None:
+    empty = tmp_path / "EMPTY"
+    empty.mkdir()
+    places = {"VIDEOS": str(videos), "EMPTY": str(empty)}
+    assert run("--device", "cpu", *(places.get(word, word) for word in line)) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in named), error
+    assert "Traceback" not in error
+
+
+COMMAND = [sys.executable, "-m", "worldline", "train"]
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_for_bit(root: Path, videos: Path) -> None:
+    """Once by SIGTERM, which saves, and by SIGKILL, which does not."""
+    line = words(AR, videos, "checkpoint.save_iter=2", "checkpoint.keep_last=1", steps=8)
+    folders = {name: root / MODELS[AR] / name / "checkpoints" for name in ("whole", "cut")}
+    assert run("--name", "whole", *line) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        process = subprocess.Popen([*COMMAND, "--name", "cut", *line], env=environment)
+        log, begun = folders["cut"] / "log.jsonl", time.monotonic()
+        before = log.read_text().count("\n") if log.exists() else 0
+        while not log.exists() or log.read_text().count("\n") < before + 2:
+            assert time.monotonic() < begun + 120
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == status
+    assert subprocess.run([*COMMAND, "--name", "cut", *line], env=environment).returncode == 0
+    states = [read_state(folder) for folder in folders.values()]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
