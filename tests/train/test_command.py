@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file  # noqa: F401
 
 from tests.states import read_state
 from worldline.cli.main import main
@@ -25,6 +24,8 @@ MODELS = {
     "tiny-Cosmos-Predict2.5-2B": "cosmos_predict_v2p5/worldline",
 }
 AR = "tiny-Cosmos-Predict1-4B"
+MISPRINTED = "base_4b_example_tealrobotsmall_tp4"
+TWO = "parallel.tensor_model_parallel_size=2"
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,12 @@ def test_the_experiment_is_printed(
     root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A dry run trains nothing, and its file is the whole experiment."""
-    assert run(*words(AR, videos, "optimizer.lr=2e-5")[: -0 or None], "--dry_run") in (0, 2)
-    line = words(AR, videos, "optimizer.lr=2e-5")
-    assert run("--dryrun", *line) == 0
-    shown = yaml.safe_load(
-        capsys.readouterr().out.split("description:", 1)[1].join(["description:", ""])
-    )
-    assert shown["optimizer"]["lr"] == 2e-5
-    assert not (root / MODELS[AR] / AR / "checkpoints").exists()
+    assert run("--dryrun", *words(AR, videos, "optimizer.lr=2e-5")) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["optimizer"]["lr"] == 2e-5
+    folder = root / MODELS[AR] / AR
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == printed
+    assert not (folder / "checkpoints").exists()
 
 
 def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,15 @@ import pytest
 
 from worldline.catalog import ENTRIES
 from worldline.errors import InputError
-from worldline.train.experiment import EXPERIMENTS, RELEASED_KEYS, keys, our_key, read, released
+from worldline.train.experiment import (
+    EXPERIMENTS,
+    RELEASED_KEYS,
+    differences,
+    keys,
+    our_key,
+    read,
+    released,
+)
 
 TEALROBOT = "base_4b_example_tealrobotsmall_tp1"
 
@@ -138,6 +146,19 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
     path.write_text("a: b: c\n")
     with pytest.raises(InputError, match="not valid YAML"):
         read(str(path))
+
+
+def test_what_makes_another_run() -> None:
+    """Rates and sizes do; workers, folders and reports do not."""
+    before = read(TEALROBOT).to_json()
+    free = ["data.num_workers=5", "trainer.logging_iter=3", "checkpoint.save_iter=7", "job.name=x"]
+    assert differences(before, read(TEALROBOT, free)) == []
+    fixed = ["optimizer.lr=0.5", "data.video_size=[64,96]", "trainer.max_iter=3"]
+    lines = differences(before, read(TEALROBOT, fixed))
+    assert [line.split()[0] for line in lines] == [
+        *("data.video_size", "optimizer.lr", "trainer.max_iter"),
+    ]
+    assert "was 0.001 and is 0.5" in lines[1]
 
 
 def test_where_files_go(monkeypatch: pytest.MonkeyPatch) -> None:

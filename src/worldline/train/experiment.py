@@ -235,7 +235,11 @@ class Experiment(Section):
 
     def to_yaml(self) -> str:
         """The whole experiment, every key written out."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        return str(yaml.safe_dump(self.to_json(), sort_keys=False))
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole experiment, as JSON has it."""
+        return self.model_dump(mode="json")
 
 
 @cache
@@ -320,6 +324,34 @@ def our_key(key: str) -> str:
         if fnmatchcase(key, pattern):
             return ours.replace("*", key[len(pattern.partition("*")[0]) :])
     return key
+
+
+# keys that may change when a run goes on: they decide neither what it computes nor of what
+FREE_KEYS = (
+    *("description", "job.*", "data.num_workers", "data.cache_dir", "data.dataset_dir"),
+    *("data.validation_dir", "trainer.*_iter", "trainer.run_validation", "trainer.compile"),
+    *("trainer.activation_checkpointing", "checkpoint.*", "parallel.*", "model"),
+)
+FIXED_KEYS = ("trainer.max_iter", "trainer.grad_accum_iter")  # although a pattern frees them
+
+
+def differences(before: Mapping[str, Any], now: Experiment) -> list[str]:
+    """Lines about the keys that make another run of an experiment, as `to_json` gave it before."""
+    after = now.to_json()
+    lines = []
+    for key in keys():
+        free = any(fnmatchcase(key, pattern) for pattern in FREE_KEYS) and key not in FIXED_KEYS
+        was, value = _at(before, key), _at(after, key)
+        if was != value and not free:
+            lines.append(f"{key} was {brief(was)} and is {brief(value)}")
+    return lines
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def keys() -> list[str]:

@@ -8,6 +8,7 @@ in that of the computation (FSDP, arXiv 2304.11277).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -133,6 +134,8 @@ def shard_weights(
     precision = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # nothing here works in place on what a block returns while gradients are wanted
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         if hasattr(unit, "encode"):  # of cross-attention: a text is encoded before the blocks run

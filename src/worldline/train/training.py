@@ -32,7 +32,7 @@ from worldline.train.data.clips import Clips, Window, open_clips
 from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
-from worldline.train.experiment import Experiment
+from worldline.train.experiment import Experiment, differences
 from worldline.train.files import Checkpoints, ModelFile
 from worldline.train.loop import LoopConfig, Objective, Run, generator
 from worldline.train.optim import Cosine, Linear, Power, Rate
@@ -149,8 +149,8 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     objective = Objective(
         draw=data.draw,
         loss=step,
-        position=data.loader.state,
-        restore=data.loader.restore,
+        position=lambda: {"data": data.loader.state(), "experiment": experiment.to_json()},
+        restore=partial(_restore, training, data.loader),
         named=data.named,
     )
     run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
@@ -161,6 +161,20 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         (training.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     done, _ = run.go(None, stopping)
     return done
+
+
+def _restore(training: Training, loader: Loader, position: dict[str, Any]) -> None:
+    """Put the data where a state has it.
+
+    Raises:
+        InputError: the state is of another experiment; the keys that differ are named.
+    """
+    if lines := differences(position["experiment"], training.experiment):
+        raise InputError(
+            f"{training.folder} holds states of another run: {'; '.join(lines)}; set them back, or "
+            "give job.name=OTHER"
+        )
+    loader.restore(position["data"])
 
 
 def _objective(opened: Opened) -> Any:
@@ -193,8 +207,8 @@ def _recipe(experiment: Experiment, opened: Opened) -> Any:
 def _check_parallel(opened: Opened, tp: int, count: int) -> None:
     if count % tp:
         raise InputError(
-            f"parallel.tensor_model_parallel_size is {tp}, but there are {count} processes; start "
-            f"a multiple with torchrun --nproc_per_node"
+            f"parallel.tensor_model_parallel_size is {tp}, but the job has {count} "
+            f"process{'es' if count > 1 else ''}; start a multiple (torchrun --nproc_per_node={tp})"
         )
     if tp == 1:
         return
