@@ -60,10 +60,7 @@ T5 = {
 
 def flops(config: DiTSizes, grid: LatentShape = GRID) -> float:
     """Of one forward, two for each multiplication; the context's keys and values left out."""
-    tokens, width = config.tokens(grid).tokens, config.width
-    linear = 2 * tokens * width * (6 * width + 2 * config.hidden)
-    scores = 4 * tokens * width * (tokens + ROWS)
-    return config.depth * (linear + scores)
+    return config.flops(grid, ROWS)
 
 
 def fill(model: nn.Module, device: torch.device) -> None:

@@ -12,8 +12,12 @@ from typing import Any
 import click
 
 from worldline.cli.messages import results
+from worldline.cli.options import NumberOrAuto
+from worldline.cli.run import processes_to_start
 from worldline.errors import InputError
 from worldline.files import check_path
+from worldline.parallel import job
+from worldline.request import LoadOptions
 from worldline.train import experiment as experiments
 from worldline.train.experiment import Experiment
 
@@ -35,14 +39,19 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 @click.option("--name", help="Name of the run.  [default: the model's]")
 @click.option("--checkpoint_dir", default="checkpoints", show_default=True, help="Models' folder.")
 @click.option("--device", help="cuda or cpu.  [default: cuda where there is one]")
+@click.option("--num_gpus", type=NumberOrAuto(), help="GPUs to train on, or auto.  [default: 1]")
 @click.option("--dry_run", "--dryrun", is_flag=True, help="Check and print all, train nothing.")
 @click.option("--cluster", hidden=True)
+@click.pass_context
 def train(
+    context: click.Context,
+    /,
     words: tuple[str, ...],
     config: str | None,
     listed: bool,
     checkpoint_dir: str,
     device: str | None,
+    num_gpus: int | str | None,
     dry_run: bool,
     cluster: str | None,
     **short: Any,
@@ -58,11 +67,13 @@ def train(
             results.add(f"{name}: {line}")
         return
     experiment = _read(words, {name: value for name, value in short.items() if value is not None})
-    check_path(checkpoint_dir)
+    options = LoadOptions.parse({"device": device, "num_gpus": num_gpus})
+    if (count := processes_to_start(options)) > 1:
+        context.exit(job.launch(context.find_root().obj, count))
     from worldline.train.training import prepare
     from worldline.train.training import train as run
 
-    training = prepare(experiment, device, checkpoint_dir)
+    training = prepare(experiment, device, str(check_path(checkpoint_dir)))
     for line in training.describe():
         logger.info("%s", line)
     if dry_run:

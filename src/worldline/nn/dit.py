@@ -81,6 +81,15 @@ class DiTSizes:
         """Channels of a text embedding."""
         return self.context_width
 
+    def flops(self, grid: LatentShape, rows: int = 512) -> float:
+        """Of one forward of a clip with a text of so many rows, which are not encoded in it.
+
+        Two for each multiplication.
+        """
+        tokens, inner = self.tokens(grid).tokens, self.num_heads * self.head_size
+        linear = 2 * tokens * self.width * (6 * inner + 2 * self.hidden)
+        return float(self.depth * (linear + 4 * tokens * inner * (tokens + rows)))
+
     def tokens(self, grid: LatentShape) -> LatentShape:
         """Tokens of a latent grid.
 

@@ -41,10 +41,12 @@ class Objective:
         draw: number of a batch, from 0 -> its tensors, on the module's device; a graph needs the
             same shapes at every step. What it draws follows from the number and the position.
         loss: (*batch) -> the loss, and figures for the log.
-        watch: () -> further figures, of held-out clips, every `watch_every` steps.
+        watch: () -> further figures, of held-out clips, every `watch_every` steps; in the first
+            process, or in all where these share the module.
         position: () -> where the data stands, as JSON, beside the number of the next batch.
         restore: a position -> the data stands there.
         named: number of a batch -> words for what it holds.
+        speed: steps a second -> further figures, such as clips a second.
     """
 
     draw: Callable[[int], tuple[Tensor, ...]]
@@ -54,6 +56,7 @@ class Objective:
     position: Callable[[], dict[str, Any]] = dict
     restore: Callable[[dict[str, Any]], None] = lambda position: None
     named: Callable[[int], str] = lambda number: f"batch {number}"
+    speed: Callable[[float], dict[str, float]] = lambda rate: {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +236,13 @@ class Run:
                 seconds_done = time.monotonic() - entered
                 if logged or watch:
                     self._check_finite()
+                    if watch and (self.sharded or self.ranks.first):
+                        figures = figures | watch()
+                    figures = self._averaged(figures)
                 if (logged or watch) and write is not None:
-                    figures = figures | (watch() if watch else {})
                     speed = (self.step - first) / seconds_done
-                    write({**figures, "step": self.step, "rate": rate, "steps_per_second": speed})
+                    facts = {"step": self.step, "rate": rate, "steps_per_second": speed}
+                    write({**figures, **facts, **objective.speed(speed)})
                 late = stopping() or (seconds is not None and seconds_done > seconds)
                 if self.ranks.count > 1:  # all stop at one step; each step would wait for others
                     late = logged and self.ranks.any(late)
@@ -278,6 +284,14 @@ class Run:
         if self.average:
             self.average.update()
         return {"norm": norm}
+
+    def _averaged(self, figures: Figures) -> Figures:
+        """Figures of all processes that train together, whose batches differ."""
+        if self.sharded is None:
+            return figures
+        values = {name: value.detach().float().clone() for name, value in figures.items()}
+        self.ranks.average(values.values())
+        return values
 
     def _check_finite(self) -> None:
         """Stop a run that diverged; waits for the device."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import default_collate
 
 from worldline.errors import InputError, brief, did_you_mean
 from worldline.family import FAMILIES, Compute, Opened, Parts
@@ -32,7 +33,7 @@ from worldline.train.data.clips import Clips, Window, open_clips
 from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
-from worldline.train.experiment import Experiment, differences
+from worldline.train.experiment import Data, Experiment, differences
 from worldline.train.files import Checkpoints, ModelFile
 from worldline.train.loop import LoopConfig, Objective, Run, generator
 from worldline.train.optim import Cosine, Linear, Power, Rate
@@ -43,6 +44,7 @@ from worldline.weights.networks import Network, shapes_of
 log = logging.getLogger(__name__)
 
 _CONFIG = "config.yaml"
+_HELD_OUT = 8  # clips of each process whose loss is measured
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Training:
         experiment: as it was asked for.
         opened: the model.
         clips: to train on.
+        held_out: clips of which the loss is measured; None without.
         recipe: of the family's step.
         mesh: processes: `tp` share layers, `dp` batches and weights.
         device: of this process.
@@ -61,6 +64,7 @@ class Training:
     experiment: Experiment
     opened: Opened
     clips: Clips
+    held_out: Clips | None
     recipe: Any
     mesh: Mesh
     device: torch.device
@@ -99,6 +103,8 @@ class Training:
         experiment, layout = self.experiment, self.mesh.layout
         yield f"{self.opened.name}: {self.network.num_parameters / 1e9:.2f} B parameters"
         yield f"{experiment.data.dataset_dir}: {self.clips}"
+        if self.held_out is not None:
+            yield f"{experiment.data.validation_dir}: {self.held_out}, held out"
         batch = experiment.data.batch_size * layout.dp * experiment.trainer.grad_accum_iter
         yield f"{batch} clips of {_words(self.video)} a step, {experiment.trainer.max_iter:,} steps"
         if layout.count > 1:
@@ -130,8 +136,14 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     video = _video(experiment, opened)
     _check_grid(opened, video)
     mesh = make_mesh(Layout(dp=world.count // tp, tp=tp), world)
-    clips = _clips(experiment, opened, video, world)
-    return Training(experiment, opened, clips, recipe, mesh, place)
+    data = experiment.data
+    if data.dataset_dir is None:
+        raise InputError("data.dataset_dir: it is missing; give a folder of videos")
+    clips = _clips(data, data.dataset_dir, opened, video, world)
+    held_out = None
+    if data.validation_dir and experiment.trainer.run_validation:
+        held_out = _clips(data, data.validation_dir, opened, video, world)
+    return Training(experiment, opened, clips, held_out, recipe, mesh, place)
 
 
 def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> int:
@@ -146,12 +158,16 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         torch.use_deterministic_algorithms(True)
     step, sharded, cut_axes = _module(training)
     data = _Batches(training, step)
+    watch, every = data.watch, experiment.trainer.validation_iter
     objective = Objective(
         draw=data.draw,
         loss=step,
+        watch=watch if data.held_out is not None and every else None,
+        watch_every=every or 1,
         position=lambda: {"data": data.loader.state(), "experiment": experiment.to_json()},
         restore=partial(_restore, training, data.loader),
         named=data.named,
+        speed=partial(_speed, training),
     )
     run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
     run.keep(_checkpoints(training, step, cut_axes), experiment.checkpoint.save_state)
@@ -161,6 +177,17 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         (training.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     done, _ = run.go(None, stopping)
     return done
+
+
+def _speed(training: Training, steps: float) -> dict[str, float]:
+    """Clips a second of all processes, and arithmetic of each, in TFLOP/s."""
+    experiment, layout = training.experiment, training.mesh.layout
+    clips = steps * experiment.trainer.grad_accum_iter * experiment.data.batch_size * layout.dp
+    flops = training.module.flops(training.opened.config, training.grid)
+    figures = {"clips_per_second": clips, "tflops": clips * flops / layout.count / 1e12}
+    if training.device.type == "cuda":
+        figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def _restore(training: Training, loader: Loader, position: dict[str, Any]) -> None:
@@ -256,11 +283,8 @@ def _check_grid(opened: Opened, video: VideoShape) -> None:
         ) from None
 
 
-def _clips(experiment: Experiment, opened: Opened, video: VideoShape, world: Axis) -> Clips:
-    data = experiment.data
-    if data.dataset_dir is None:
-        raise InputError("data.dataset_dir: it is missing; give a folder of videos")
-    folder = Path(data.dataset_dir)
+def _clips(data: Data, place: str, opened: Opened, video: VideoShape, world: Axis) -> Clips:
+    folder = Path(place)
     window = Window(
         num_frames=video.frames,
         interval=data.sequence_interval,
@@ -384,7 +408,8 @@ class _Batches:
             ranks=self.mesh.dp,
             together=self.mesh.tp,
         )
-        self.seed = trainer.seed
+        self.seed, self.held_out = trainer.seed, training.held_out
+        self.held: list[tuple[Tensor, ...]] = []
         self.names: dict[int, Sequence[str]] = {}
         self.batches: Iterator[Any] | None = None
         dtype = training.dtype
@@ -399,13 +424,31 @@ class _Batches:
         self.batches = self.batches or iter(self.loader)
         item = next(self.batches)
         self.names = {number: item["name"], **dict([*self.names.items()][:99])}
+        draws = generator(self.seed, number, rank=self.mesh.dp.rank)
+        return tuple(self.step.draw(self._encode(item), draws))
+
+    @torch.no_grad()
+    def watch(self) -> dict[str, Tensor]:
+        """Mean loss of held-out clips, the same at each call, with the same random numbers."""
+        if not self.held and self.held_out is not None:
+            own = range(self.mesh.dp.rank, len(self.held_out), self.mesh.dp.count)
+            count = min(_HELD_OUT, len(self.held_out) // self.mesh.dp.count) or 1
+            chosen = [own[place * len(own) // count] if len(own) else 0 for place in range(count)]
+            items = [default_collate([self.held_out[index]]) for index in chosen]
+            self.held = [self._encode(item) for item in items]
+        losses = []
+        for number, encoded in enumerate(self.held):
+            draws = generator(self.seed, number, rank=self.mesh.dp.rank, stream=1)
+            losses.append(self.step(*self.step.draw(encoded, draws))[0])
+        return {"held_out": torch.stack(losses).mean()}
+
+    def _encode(self, item: Any) -> tuple[Tensor, ...]:
+        """What the step reads of a batch of clips, the same in all that share its layers."""
         device = self.training.device
         video = item["video"].to(device, self.parts.compute.dtype) / 127.5 - 1
         fps = item["fps"].tolist()
         encoded = self.training.module.encode_batch(self.parts, video, self._text(item), fps)
-        encoded = tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in encoded)
-        draws = generator(self.seed, number, rank=self.mesh.dp.rank)
-        return tuple(self.step.draw(encoded, draws))
+        return tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in encoded)
 
     def named(self, number: int) -> str:
         return "; ".join(self.names.get(number, ())) or f"batch {number}"

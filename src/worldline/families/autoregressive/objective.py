@@ -152,6 +152,16 @@ def released_name(keys: KeyMap, name: str) -> str:
     return keys.released(name.removeprefix("network."))
 
 
+def flops(config: ARTransformerConfig, grid: LatentShape) -> float:
+    """Of a clip's forward and backward, two for each multiplication; causal attention once."""
+    tokens = config.leading_tokens + grid.tokens
+    inner = config.num_heads * config.head_size
+    keys = config.num_kv_heads * config.head_size
+    layer = 2 * config.width * (inner + keys) + 3 * config.width * config.hidden
+    linear = config.depth * layer + config.width * config.vocabulary
+    return 3.0 * (2 * linear * tokens + 2 * config.depth * tokens**2 * inner)
+
+
 def settings(config: ARTransformerConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint, with the grid of training."""
     return settings_of(replace(opened.config, grid=config.grid))  # `config` may be a part's

@@ -242,6 +242,11 @@ def released_name(keys: KeyMap, name: str) -> str:
     return _UNCERTAINTY[rest] if part == "uncertainty" else keys.released(rest)
 
 
+def flops(config: DiTConfig, grid: LatentShape) -> float:
+    """Of a clip's forward and backward, two for each multiplication."""
+    return 3 * config.flops(grid)
+
+
 def settings(config: DiTConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint."""
     return {**opened.settings, "rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}

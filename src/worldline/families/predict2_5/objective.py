@@ -163,6 +163,11 @@ def released_name(keys: KeyMap, name: str) -> str:
     return keys.released(name.removeprefix("network."))
 
 
+def flops(config: FlowDiTConfig, grid: LatentShape) -> float:
+    """Of a clip's forward and backward, two for each multiplication."""
+    return 3 * config.flops(grid)
+
+
 def settings(config: FlowDiTConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint."""
     return {
