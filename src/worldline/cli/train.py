@@ -134,12 +134,10 @@ def _of_model(model: str, stated: dict[str, Any], overrides: list[str]) -> Exper
     from worldline.opening import recognise
 
     family = recognise(locate(model, "checkpoints")).family.name
-    job = {"name": Path(model).name, "group": "worldline", **stated.pop("job", {})}
+    job = {"name": Path(model).name, **stated.pop("job", {})}
     merged = experiments.short_form(family, {**stated, "job": job, "model": model})
-    steps = merged["trainer"]["max_iter"] = merged["trainer"].get("max_iter", 1000)
-    steps = stated.get("trainer", {}).get("max_iter", 1000)
-    merged["trainer"]["max_iter"] = steps
-    merged["scheduler"]["warmup"] = min(merged["scheduler"]["warmup"], max(1, steps // 20))
+    steps, scheduler = merged["trainer"]["max_iter"], merged["scheduler"]
+    scheduler["warmup"] = min(scheduler["warmup"], max(1, steps // 20))
     return experiments.check(merged, overrides)
 
 

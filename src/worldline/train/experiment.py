@@ -286,7 +286,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Experiment:
 
 def short_form(family: str, stated: dict[str, Any]) -> dict[str, Any]:
     """Values of a family's experiments under those that are stated; clips have the model's size."""
-    base = _stated(EXPERIMENTS / f"{family}.yaml")
+    base = _stated(EXPERIMENTS / "short" / f"{family}.yaml")
     sizes = ("num_frames", "video_size", "image_size")
     base["data"] = {name: value for name, value in base["data"].items() if name not in sizes}
     return _merged(base, stated)
@@ -414,7 +414,8 @@ def _stated(path: Path) -> dict[str, Any]:
     if base is None:
         return own
     beside = path.parent / f"{base}.yaml"
-    return _merged(_stated(beside if beside.exists() else EXPERIMENTS / f"{base}.yaml"), own)
+    known = not beside.exists() or beside == path  # a released one
+    return _merged(_stated(EXPERIMENTS / f"{base}.yaml" if known else beside), own)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
