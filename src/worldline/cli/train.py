@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from worldline.cli.messages import results
 from worldline.cli.options import NumberOrAuto
 from worldline.cli.run import processes_to_start
 from worldline.errors import InputError
+from worldline.family import FAMILIES
 from worldline.files import check_path
 from worldline.parallel import job
 from worldline.request import LoadOptions
@@ -36,6 +38,7 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 @click.option("--resolution", help="Height and width, such as 384x640.  [default: the model's]")
 @click.option("--num_frames", type=click.IntRange(min=1), help="Frames of a clip.")
 @click.option("--learning_rate", type=float, help="Peak of the learning rate.")
+@click.option("--lora", is_flag=True, help="Train an adapter beside the weights, not these.")
 @click.option("--name", help="Name of the run.  [default: the model's]")
 @click.option("--checkpoint_dir", default="checkpoints", show_default=True, help="Models' folder.")
 @click.option("--device", help="cuda or cpu.  [default: cuda where there is one]")
@@ -66,7 +69,7 @@ def train(
         for name, line in experiments.released().items():
             results.add(f"{name}: {line}")
         return
-    experiment = _read(words, {name: value for name, value in short.items() if value is not None})
+    experiment = _read(words, {name: value for name, value in short.items() if value})
     options = LoadOptions.parse({"device": device, "num_gpus": num_gpus})
     if (count := processes_to_start(options)) > 1:
         context.exit(job.launch(context.find_root().obj, count))
@@ -117,7 +120,9 @@ def _sections(short: dict[str, Any]) -> dict[str, Any]:
     }
     stated: dict[str, Any] = {}
     for name, value in short.items():
-        if name == "resolution":
+        if name == "lora":
+            stated |= {"lora": {"rank": 0}}  # the family's own, which _of_model fills in
+        elif name == "resolution":
             height, _, width = value.lower().partition("x")
             if not (height.isdigit() and width.isdigit()):
                 raise InputError(f"--resolution is {value}; give height x width, such as 384x640")
@@ -134,6 +139,10 @@ def _of_model(model: str, stated: dict[str, Any], overrides: list[str]) -> Exper
     from worldline.opening import recognise
 
     family = recognise(locate(model, "checkpoints")).family.name
+    if "lora" in stated:
+        recipe = import_module(f"{FAMILIES[family]}.weights").LORA
+        stated["lora"] = {"rank": recipe.rank, "scale": recipe.scale}
+        stated.setdefault("optimizer", {}).setdefault("lr", 1e-4)
     job = {"name": Path(model).name, **stated.pop("job", {})}
     merged = experiments.short_form(family, {**stated, "job": job, "model": model})
     steps, scheduler = merged["trainer"]["max_iter"], merged["scheduler"]

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from worldline.files import replacing
+from worldline.files import remove, replacing
 from worldline.parallel.mesh import Axis
+from worldline.train.lora import save_peft
+from worldline.weights.keymap import KeyMap
 
 LATEST = "latest_checkpoint.txt"
 
@@ -110,3 +112,52 @@ class Checkpoints:
     def _part(self, name: str, tensor: Tensor) -> Tensor:
         axis = self.cut.get(name)
         return tensor if axis is None else self.tp.part(tensor, axis)
+
+
+@dataclass(frozen=True)
+class AdapterCheckpoints:
+    """Folders of a run's adapters, `iter_{step}_adapter`, in the form of PEFT.
+
+    Attributes:
+        folder: of the folders.
+        kind: the weights, or their average.
+        adapted: name of a matrix -> names of the parameters of its halves.
+        scale: of the product.
+        keys: released names.
+    """
+
+    folder: Path
+    kind: Literal["weights", "average"]
+    adapted: Mapping[str, tuple[str, str]]
+    scale: float
+    keys: KeyMap
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"iter_{step:09}_adapter"
+
+    def gather(
+        self, step: int, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], writes: bool
+    ) -> Callable[[], None]:
+        """As of `Checkpoints`."""
+        wanted = {name for pair in self.adapted.values() for name in pair}
+        found = {
+            name: tensor.float().to("cpu", copy=True)
+            for name, tensor in tensors(self.kind)
+            if name in wanted
+        }
+        halves = {name: (found[down], found[up]) for name, (down, up) in self.adapted.items()}
+
+        def write() -> None:
+            if not writes:
+                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path(step)) as temporary:
+                save_peft(halves, self.scale, self.keys, temporary)
+            with replacing(self.folder / LATEST) as temporary:
+                temporary.write_text(f"{self.path(step).name}\n")
+
+        return write
+
+    def remove(self, step: int) -> None:
+        """Remove an adapter that is not kept."""
+        remove(self.path(step))

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from worldline.errors import NonFiniteError
 from worldline.parallel.mesh import ALONE, Axis
-from worldline.train.files import Checkpoints
+from worldline.train.files import AdapterCheckpoints, Checkpoints
 from worldline.train.optim import Average, Decay, Rate, Rising, make_optimizer, trainable
 from worldline.train.sharding import Sharded, local
 from worldline.train.states import States
@@ -140,7 +140,7 @@ class Run:
         with_state: whether states are written.
     """
 
-    files: Checkpoints | None
+    files: Checkpoints | AdapterCheckpoints | None
     with_state: bool
 
     def __init__(
@@ -189,7 +189,7 @@ class Run:
             self.step = steps[-1]
             self.objective.restore(facts["position"])
 
-    def keep(self, files: Checkpoints, with_state: bool) -> None:
+    def keep(self, files: Checkpoints | AdapterCheckpoints, with_state: bool) -> None:
         """Write a model's files with each state, or without."""
         self.files, self.with_state = files, with_state
         self.states.removed = files.remove

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -34,11 +34,13 @@ from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
 from worldline.train.experiment import Data, Experiment, differences
-from worldline.train.files import Checkpoints, ModelFile
+from worldline.train.files import AdapterCheckpoints, Checkpoints, ModelFile
 from worldline.train.loop import LoopConfig, Objective, Run, generator
+from worldline.train.lora import add_adapters
 from worldline.train.optim import Cosine, Linear, Power, Rate
 from worldline.train.sharding import Sharded, share
 from worldline.weights.checkpoint import cut
+from worldline.weights.keymap import LoRARecipe
 from worldline.weights.networks import Network, shapes_of
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     opened = open_world(locate(name, checkpoint_dir), {"checkpoint_dir": checkpoint_dir})
     recipe = _recipe(experiment, opened)
     tp = experiment.parallel.tensor_model_parallel_size
-    _check_parallel(opened, tp, world.count)
+    _check_parallel(opened, tp, world.count, experiment.lora.rank > 0)
     video = _video(experiment, opened)
     _check_grid(opened, video)
     mesh = make_mesh(Layout(dp=world.count // tp, tp=tp), world)
@@ -156,7 +158,7 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     if experiment.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    step, sharded, cut_axes = _module(training)
+    step, sharded, files = _module(training)
     data = _Batches(training, step)
     watch, every = data.watch, experiment.trainer.validation_iter
     objective = Objective(
@@ -170,7 +172,7 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         speed=partial(_speed, training),
     )
     run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
-    run.keep(_checkpoints(training, step, cut_axes), experiment.checkpoint.save_state)
+    run.keep(files, experiment.checkpoint.save_state)
     if mesh.world.first:
         training.folder.mkdir(parents=True, exist_ok=True)
         settings = training.module.settings(step.network.config, training.opened)
@@ -231,7 +233,7 @@ def _recipe(experiment: Experiment, opened: Opened) -> Any:
         raise InputError("\n".join(lines)) from None
 
 
-def _check_parallel(opened: Opened, tp: int, count: int) -> None:
+def _check_parallel(opened: Opened, tp: int, count: int, lora: bool) -> None:
     if count % tp:
         raise InputError(
             f"parallel.tensor_model_parallel_size is {tp}, but the job has {count} "
@@ -239,6 +241,10 @@ def _check_parallel(opened: Opened, tp: int, count: int) -> None:
         )
     if tp == 1:
         return
+    if lora:
+        raise InputError(
+            f"parallel.tensor_model_parallel_size is {tp}; adapters (lora.rank) are trained with 1"
+        )
     config = opened.config
     if opened["transformer"].shards is None:
         raise InputError(
@@ -348,24 +354,33 @@ def _loop(experiment: Experiment) -> LoopConfig:
     )
 
 
-def _module(training: Training) -> tuple[Any, Sharded, dict[str, int]]:
-    """The step's module with its weights, how it is shared, and axes on which layers are cut."""
-    network, mesh = training.network, training.mesh
+def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterCheckpoints]:
+    """The step's module with its weights, how it is shared, and the files of its checkpoints."""
+    network, mesh, lora = training.network, training.mesh, training.experiment.lora
     whole = shapes_of(network.kind, network.config)
     compute = Compute(training.device, torch.float32, torch.float32, False, mesh=mesh)
     part = network
     if mesh.layout.tp > 1:
         part = replace(network.part(compute), source=cut(network.source, mesh.tp))
-    model = part.read(training.device, torch.float32).requires_grad_(True)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model = part.read(training.device, training.dtype if lora.rank else torch.float32)
+    adapted = {}
+    if lora.rank:
+        draws = generator(training.experiment.trainer.seed, 0, stream=2)
+        adapted = add_adapters(model, _lora(training), draws)
+    else:
+        model.requires_grad_(True)
+    parts = model.named_parameters() if mesh.layout.tp > 1 else ()
     axes = {
         name: axis
-        for name, shape in shapes.items()
-        for axis, size in enumerate(shape)
+        for name, parameter in parts
+        for axis, size in enumerate(parameter.shape)
         if size != whole[name][axis]
     }
     step = training.module.make_step(model, training.recipe, training.grid, network)
     step.to(training.device)
+    if lora.rank:
+        for name, parameter in step.named_parameters():
+            parameter.requires_grad_(name.endswith((".down", ".up")))
     blocks = step.BLOCKS
     if training.experiment.trainer.activation_checkpointing != "off":
         for block in model.get_submodule(blocks).children():
@@ -379,7 +394,51 @@ def _module(training: Training) -> tuple[Any, Sharded, dict[str, int]]:
         whole=whole,
         plan=network.shards,
     )
-    return step, sharded, axes
+    if adapted:
+        return step, sharded, _adapter_files(training, adapted)
+    return step, sharded, _checkpoints(training, step, axes)
+
+
+def _lora(training: Training) -> LoRARecipe:
+    """The family's recipe with the experiment's rank, scale and targets.
+
+    Raises:
+        InputError: a target names no layer.
+    """
+    settings, network = training.experiment.lora, training.network
+    package = FAMILIES[training.opened.family.name]
+    recipe: LoRARecipe = import_module(f"{package}.weights").LORA
+    chosen = replace(recipe, rank=settings.rank, scale=settings.scale)
+    if not settings.targets:
+        return chosen
+    released = {
+        name: f".{network.keys.released(name).removesuffix('.weight')}."
+        for name, shape in shapes_of(network.kind, network.config).items()
+        if len(shape) == 2
+    }
+    matched: dict[str, list[str]] = {
+        target: [name for name, theirs in released.items() if f".{target}." in theirs]
+        for target in settings.targets
+    }
+    for target, names in matched.items():
+        if not names:
+            known = sorted({theirs.split(".")[-2] for theirs in released.values()})
+            raise InputError(
+                f"lora.targets: no layer of {training.opened.name} is named {target}; layers end "
+                f"with {', '.join(known[:20])}"
+            )
+    return replace(chosen, targets=tuple(name for names in matched.values() for name in names))
+
+
+def _adapter_files(training: Training, adapted: Mapping[str, Any]) -> AdapterCheckpoints:
+    experiment = training.experiment
+    halves = {
+        name: tuple(f"network.{name.removesuffix('.weight')}.{half}" for half in ("down", "up"))
+        for name in adapted
+    }
+    kind = "average" if experiment.average.enabled else "weights"
+    keys = training.network.keys
+    return AdapterCheckpoints(training.folder, kind, halves, experiment.lora.scale, keys)  # type: ignore[arg-type]
 
 
 def _device_mesh(training: Training) -> DeviceMesh:
