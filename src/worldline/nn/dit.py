@@ -81,6 +81,18 @@ class DiTSizes:
         """Channels of a text embedding."""
         return self.context_width
 
+    @property
+    def saved_numbers(self) -> int:
+        """Numbers of a token that a block keeps while gradients are wanted, in its plain form.
+
+        For each sub-block the stream, its norm and what is modulated; queries and keys before and
+        behind their norms, in float32 where these are taken; the hidden channels twice.
+        """
+        inner = self.num_heads * self.head_size
+        attention = 6 * self.width + 3 * inner + 8 * inner + 2 * inner
+        text = 6 * self.width + inner + 4 * inner + 2 * inner
+        return attention + text + 6 * self.width + 2 * self.hidden
+
     def flops(self, grid: LatentShape, rows: int = 512) -> float:
         """Of one forward of a clip with a text of so many rows, which are not encoded in it.
 

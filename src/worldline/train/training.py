@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +26,7 @@ from worldline.errors import InputError, brief, did_you_mean
 from worldline.family import FAMILIES, Compute, Opened, Parts
 from worldline.files import check_folder, readable_size
 from worldline.locate import locate
+from worldline.memory import device_memory
 from worldline.nn.modulation import fused
 from worldline.opening import choose_device, open_world
 from worldline.parallel import job
@@ -37,6 +40,7 @@ from worldline.train.experiment import Data, Experiment, differences
 from worldline.train.files import AdapterCheckpoints, Checkpoints, ModelFile
 from worldline.train.loop import LoopConfig, Objective, Run, generator
 from worldline.train.lora import add_adapters
+from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
 from worldline.train.optim import Cosine, Linear, Power, Rate
 from worldline.train.sharding import Sharded, share
 from worldline.weights.checkpoint import cut
@@ -92,6 +96,19 @@ class Training:
         return dtype
 
     @cached_property
+    def checkpointed(self) -> bool:
+        """Whether blocks compute their activations again on the way back.
+
+        Raises:
+            InsufficientMemoryError: the run does not fit.
+        """
+        plans, name = memory_of(self), self.opened.name
+        chosen = self.experiment.trainer.activation_checkpointing
+        memory = device_memory(self.device)
+        decide = partial(choose_checkpointing, plans, chosen, memory, f"training {name}")
+        return self.mesh.world.any(self.mesh.world.together(decide))
+
+    @cached_property
     def video(self) -> VideoShape:
         """Size of a clip."""
         return _video(self.experiment, self.opened)
@@ -111,6 +128,10 @@ class Training:
         yield f"{batch} clips of {_words(self.video)} a step, {experiment.trainer.max_iter:,} steps"
         if layout.count > 1:
             yield f"{layout.count} processes: {layout}"
+        again = self.checkpointed
+        how = "computed again on the way back" if again else "kept"
+        each = "each process needs" if layout.count > 1 else "it needs"
+        yield f"{each} about {memory_of(self)[again]}; activations are {how}"
 
 
 def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> Training:
@@ -146,6 +167,46 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     if data.validation_dir and experiment.trainer.run_validation:
         held_out = _clips(data, data.validation_dir, opened, video, world)
     return Training(experiment, opened, clips, held_out, recipe, mesh, place)
+
+
+def memory_of(training: Training) -> dict[bool, TrainingMemory]:
+    """Memory of each process, without and with activations computed again."""
+    experiment, opened, layout = training.experiment, training.opened, training.mesh.layout
+    network, itemsize = training.network, training.dtype.itemsize
+    shapes = shapes_of(network.kind, network.config)
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    prefix = training.module.TrainingStep.BLOCKS
+    block = sum(n for name, n in counts.items() if name.startswith(f"{prefix}.0."))
+    trained = sum(counts.values()) // layout.tp
+    if experiment.lora.rank:
+        recipe = _lora(training)
+        sides = (sum(shape) for name, shape in shapes.items() if _fits(name, recipe.targets))
+        trained = experiment.lora.rank * sum(sides)
+    grid, config, tokenizer = training.grid, opened.config, opened["tokenizer"]
+    tokens = grid.tokens if not hasattr(config, "tokens") else config.tokens(grid).tokens
+    tokens *= experiment.data.batch_size
+    pixels = training.video.frames * training.video.height * training.video.width
+    compute = Compute(training.device, training.dtype, training.dtype, False)
+    sizes = Sizes(
+        parameters=sum(counts.values()) // layout.tp,
+        trained=trained,
+        blocks=config.depth,
+        block=block // layout.tp,
+        tokens=tokens,
+        stream=config.width * itemsize,
+        inside=training.module.inside(config, itemsize) // layout.tp,
+        loss=training.module.loss_bytes(config, tokens, itemsize),
+        tokenizer=tokenizer.nbytes(compute) + 24 * pixels,
+    )
+    average = experiment.average.enabled
+    return {
+        again: plan_memory(sizes, layout.dp, training.dtype, average=average, checkpointed=again)
+        for again in (False, True)
+    }
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> int:
@@ -382,7 +443,7 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterChec
         for name, parameter in step.named_parameters():
             parameter.requires_grad_(name.endswith((".down", ".up")))
     blocks = step.BLOCKS
-    if training.experiment.trainer.activation_checkpointing != "off":
+    if training.checkpointed:
         for block in model.get_submodule(blocks).children():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     sharded = share(

@@ -247,6 +247,16 @@ def flops(config: DiTConfig, grid: LatentShape) -> float:
     return 3 * config.flops(grid)
 
 
+def inside(config: DiTConfig, itemsize: int) -> int:
+    """Bytes of a token that a block keeps for the way back, counted in the plain form."""
+    return config.saved_numbers * itemsize
+
+
+def loss_bytes(config: DiTConfig, tokens: int, itemsize: int) -> int:
+    """Bytes of the loss: latents, noise, output and error in float32."""
+    return 8 * 4 * tokens * config.latent_channels * 4
+
+
 def settings(config: DiTConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint."""
     return {**opened.settings, "rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}

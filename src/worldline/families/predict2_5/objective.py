@@ -168,6 +168,16 @@ def flops(config: FlowDiTConfig, grid: LatentShape) -> float:
     return 3 * config.flops(grid)
 
 
+def inside(config: FlowDiTConfig, itemsize: int) -> int:
+    """Bytes of a token that a block keeps for the way back, counted in the plain form."""
+    return config.saved_numbers * itemsize
+
+
+def loss_bytes(config: FlowDiTConfig, tokens: int, itemsize: int) -> int:
+    """Bytes of the loss: latents, noise, output and error in float32."""
+    return 8 * 4 * tokens * config.latent_channels * 4
+
+
 def settings(config: FlowDiTConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint."""
     return {
