@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from worldline.train.states import States
 log = logging.getLogger(__name__)
 
 Figures = dict[str, Tensor]  # of shape ()
+Writer = Callable[[int, Mapping[str, float]], None]  # of a step's figures
 _WARM_UPS = 3  # passes before a graph is recorded: libraries and compilers set themselves up
 
 
@@ -138,6 +140,7 @@ class Run:
         step: steps done.
         files: of the model, which are written with each state; None writes none.
         with_state: whether states are written.
+        writers: of figures, beside the log.
     """
 
     files: Checkpoints | AdapterCheckpoints | None
@@ -167,6 +170,7 @@ class Run:
         self.average = config.average and Average(self.parameters, config.average)
         self.states = States(folder, ranks, config.keep_last, config.keep_every)
         self.step, self.files, self.with_state = 0, None, True
+        self.writers: list[Writer] = []
         device = next(iter(self.parameters.values())).device
         # on the device, where a graph finds them: this step, the first one that is not finite
         self.now, self.failed = torch.full((2,), -1, device=device).unbind()
@@ -220,7 +224,10 @@ class Run:
         if config.graphed:
             advance = self._recorded(objective.draw(self.step))
         # the first process writes for all
-        lines = _lines(self.folder / "log.jsonl") if self.ranks.first else nullcontext(None)
+        path = self.folder / "log.jsonl"
+        lines: Any = nullcontext(None)
+        if self.ranks.first:
+            lines = _lines(path, config.steps, self.writers)
         with lines as write:
             while self.step < config.steps:
                 self.now.fill_(self.step)
@@ -360,8 +367,8 @@ def _means(parts: list[Figures]) -> Figures:
 
 
 @contextmanager
-def _lines(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Writes lines of figures to a file, and logs them."""
+def _lines(path: Path, steps: int, writers: Sequence[Writer]) -> Iterator[Callable[..., None]]:
+    """Writes figures as lines of JSON to a file, to further writers, and in words to the log."""
 
     def write(figures: Mapping[str, Any]) -> None:
         line = {
@@ -369,10 +376,21 @@ def _lines(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             for name, value in figures.items()
         }
         print(json.dumps(line), file=file, flush=True)
-        log.info("%s", line)
+        for writer in writers:
+            writer(int(line["step"]), line)
+        log.info("%s", in_words(line, steps))
 
     with path.open("a") as file:
         yield write
+
+
+def in_words(figures: Mapping[str, float], steps: int) -> str:
+    """A line about a step: step 20 of 1,000: loss 1.23, norm 0.5, …; 1.3 s a step, 21 min left."""
+    step, speed = int(figures["step"]), figures["steps_per_second"]
+    hidden = ("step", "steps_per_second", "clips_per_second")
+    parts = ", ".join(f"{n} {value:.4g}" for n, value in figures.items() if n not in hidden)
+    left = (steps - step) / speed / 60 if speed else math.inf
+    return f"step {step:,} of {steps:,}: {parts}; {1 / speed:.3g} s a step, {left:.0f} min left"
 
 
 def generator(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
 from worldline.train.experiment import Data, Experiment, differences
 from worldline.train.files import AdapterCheckpoints, Checkpoints, ModelFile
-from worldline.train.loop import LoopConfig, Objective, Run, generator
+from worldline.train.loop import LoopConfig, Objective, Run, Writer, generator
 from worldline.train.lora import add_adapters
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
 from worldline.train.optim import Cosine, Linear, Power, Rate
@@ -235,11 +236,44 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
     run.keep(files, experiment.checkpoint.save_state)
     if mesh.world.first:
+        run.writers += _writers(experiment)
         training.folder.mkdir(parents=True, exist_ok=True)
         settings = training.module.settings(step.network.config, training.opened)
         (training.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     done, _ = run.go(None, stopping)
     return done
+
+
+def _writers(experiment: Experiment) -> Iterator[Writer]:
+    """TensorBoard, where it is installed, and Weights & Biases, where it is asked for.
+
+    Raises:
+        InputError: it is asked for, and not installed.
+    """
+    if find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        board: Any = SummaryWriter(str(experiment.folder / "tensorboard"))
+
+        def write(step: int, figures: Mapping[str, float]) -> None:
+            for name, value in figures.items():
+                board.add_scalar(name, value, step)
+            board.flush()
+
+        yield write
+    if (mode := experiment.job.wandb_mode) != "disabled":
+        if not find_spec("wandb"):
+            raise InputError(f"job.wandb_mode is {mode}, but wandb is not installed; install it")
+        wandb: Any = import_module("wandb")
+        names = {"project": experiment.job.project, "group": experiment.job.group}
+        wandb.init(
+            **names,
+            name=experiment.job.name,
+            mode=mode,
+            config=experiment.to_json(),
+            resume="allow",
+        )
+        yield lambda step, figures: wandb.log(dict(figures), step=step)
 
 
 def _speed(training: Training, steps: float) -> dict[str, float]:
