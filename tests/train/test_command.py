@@ -16,7 +16,10 @@ import yaml
 
 from tests.states import read_state
 from worldline.cli.main import main
+from worldline.locate import locate
+from worldline.opening import open_world
 from worldline.video.write import write_video
+from worldline.weights.networks import open_adapter
 
 MODELS = (
     "tiny-Cosmos-Predict1-4B",
@@ -81,6 +84,30 @@ def test_what_a_run_leaves(root: Path, videos: Path, model: str) -> None:
     assert (checkpoints / "latest_checkpoint.txt").read_text().startswith("iter_000000002")
     [newest] = [path for path in checkpoints.iterdir() if path.suffix == ".state"]
     assert newest.name == "iter_000000002.state"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_adapters(root: Path, videos: Path, model: str) -> None:
+    """An adapter is trained and written; `--lora` of the generating commands reads it."""
+    line = words(model, videos, "lora.rank=3", "checkpoint.save_iter=1", "checkpoint.keep_last=2")
+    assert run("--lora", *line) == 0
+    checkpoints = root / RUNS / model / "checkpoints"
+    first, last = (checkpoints / f"iter_{step:09}_adapter" for step in (1, 2))
+    assert (checkpoints / "latest_checkpoint.txt").read_text() == f"{last.name}\n"
+    settings = json.loads((last / "adapter_config.json").read_text())
+    assert settings["r"] == 3
+    source = open_adapter(last)
+    halves = [open_adapter(folder) for folder in (first, last)]
+    opened = open_world(locate(model, "checkpoints"), {})
+    adapter = opened["transformer"].match_adapter(source, 1.0)
+    assert len(adapter.updates) == len(settings["target_modules"])
+    name = next(name for name in source.tensors if "lora_B" in name)
+    assert not torch.equal(*(half.read(name) for half in halves))
+    assert {key.split("/")[1].rpartition(".")[2] for key in read_state(checkpoints)} == {
+        "down",
+        "up",
+    }
 
 
 def test_the_experiment_is_printed(
