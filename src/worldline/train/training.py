@@ -121,7 +121,8 @@ class Training:
     def describe(self) -> Iterator[str]:
         """Lines about the run."""
         experiment, layout = self.experiment, self.mesh.layout
-        yield f"{self.opened.name}: {self.network.num_parameters / 1e9:.2f} B parameters"
+        millions = self.network.num_parameters / 1e6
+        yield f"{self.opened.name}: {millions:,.1f} million parameters"
         yield f"{experiment.data.dataset_dir}: {self.clips}"
         if self.held_out is not None:
             yield f"{experiment.data.validation_dir}: {self.held_out}, held out"
