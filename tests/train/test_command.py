@@ -110,6 +110,20 @@ def test_adapters(root: Path, videos: Path, model: str) -> None:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS[:2])
+def test_cached_clips(root: Path, videos: Path, tmp_path: Path, model: str) -> None:
+    """Tokens or latents of a cache train as those that are computed."""
+    keys = [f"data.cache_dir={tmp_path / 'kept'}", "trainer.max_iter=5"]
+    logs = {}
+    for name, more in (("without", keys[1:]), ("filled", keys), ("read", keys)):
+        assert run("--name", name, *words(model, videos, *more)) == 0
+        log = (root / RUNS / name / "checkpoints" / "log.jsonl").read_text().splitlines()
+        logs[name] = [json.loads(line)["loss"] for line in log]
+    assert len([*(tmp_path / "kept").rglob("*.safetensors")]) == 3
+    assert logs["without"] == logs["filled"] == logs["read"]
+
+
 def test_the_experiment_is_printed(
     root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

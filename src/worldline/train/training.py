@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from worldline.errors import InputError, brief, did_you_mean
 from worldline.family import FAMILIES, Compute, Opened, Parts
-from worldline.files import check_folder, readable_size
+from worldline.files import check_folder, digest, readable_size
 from worldline.locate import locate
 from worldline.memory import device_memory
 from worldline.nn.modulation import fused
@@ -33,7 +33,7 @@ from worldline.opening import choose_device, open_world
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
 from worldline.shapes import LatentShape, VideoShape
-from worldline.train.data.clips import Clips, Window, open_clips
+from worldline.train.data.clips import Cache, Clips, Window, open_clips
 from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
@@ -164,10 +164,11 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     data = experiment.data
     if data.dataset_dir is None:
         raise InputError("data.dataset_dir: it is missing; give a folder of videos")
-    clips = _clips(data, data.dataset_dir, opened, video, world)
+    precision = experiment.trainer.precision
+    clips = _clips(data, data.dataset_dir, opened, video, precision, world)
     held_out = None
     if data.validation_dir and experiment.trainer.run_validation:
-        held_out = _clips(data, data.validation_dir, opened, video, world)
+        held_out = _clips(data, data.validation_dir, opened, video, precision, world)
     return Training(experiment, opened, clips, held_out, recipe, mesh, place)
 
 
@@ -385,7 +386,9 @@ def _check_grid(opened: Opened, video: VideoShape) -> None:
         ) from None
 
 
-def _clips(data: Data, place: str, opened: Opened, video: VideoShape, world: Axis) -> Clips:
+def _clips(
+    data: Data, place: str, opened: Opened, video: VideoShape, precision: str, world: Axis
+) -> Clips:
     folder = Path(place)
     window = Window(
         num_frames=video.frames,
@@ -401,7 +404,11 @@ def _clips(data: Data, place: str, opened: Opened, video: VideoShape, world: Axi
     if width:
         source = "embeddings" if any((folder / "t5_xxl").glob("*.pickle")) else "auto"
         texts = Texts(source=source, caption=data.caption, width=width, rows=opened.text_length)
-    return open_clips(folder, window, transform, texts=texts, ranks=world)
+    cache = None
+    if data.cache_dir:
+        files = [digest(path, sampled=True) for path in opened["tokenizer"].files]
+        cache = Cache(Path(data.cache_dir), json.dumps([opened.family.name, precision, *files]))
+    return open_clips(folder, window, transform, texts=texts, cache=cache, ranks=world)
 
 
 def _rate(experiment: Experiment) -> Rate:
@@ -599,11 +606,16 @@ class _Batches:
 
     def _encode(self, item: Any) -> tuple[Tensor, ...]:
         """What the step reads of a batch of clips, the same in all that share its layers."""
-        device = self.training.device
-        video = item["video"].to(device, self.parts.compute.dtype) / 127.5 - 1
-        fps = item["fps"].tolist()
-        encoded = self.training.module.encode_batch(self.parts, video, self._text(item), fps)
-        return tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in encoded)
+        device, training, cache = self.training.device, self.training, self.training.clips.cache
+        if (encoded := item.get("encoded")) is None:
+            video = item["video"].to(device, self.parts.compute.dtype) / 127.5 - 1
+            encoded = training.module.encode_clips(self.parts, video)
+            if cache is not None and self.mesh.tp.first:
+                for key, one in zip(item["key"], encoded.cpu(), strict=True):
+                    cache.put(key, one)
+        config, fps = training.opened.config, item["fps"].tolist()
+        batch = training.module.make_batch(config, encoded.to(device), self._text(item), fps)
+        return tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in batch)
 
     def named(self, number: int) -> str:
         return "; ".join(self.names.get(number, ())) or f"batch {number}"

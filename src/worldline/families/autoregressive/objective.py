@@ -120,7 +120,7 @@ class TrainingStep(nn.Module):
         self.positions: dict[tuple[torch.device, torch.dtype], Positions] = {}
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Arguments of `forward`, of those that `encode_batch` made."""
+        """Arguments of `forward`, of those that `make_batch` made."""
         return batch if len(batch) == 1 else (*batch, self.recipe.draw(batch[0], generator))
 
     def forward(
@@ -180,13 +180,16 @@ def settings(config: ARTransformerConfig, opened: Opened) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_batch(
-    parts: Parts, video: Tensor, text: Tensor | None, fps: Sequence[float]
+def encode_clips(parts: Parts, video: Tensor) -> Tensor:
+    """Token ids (B, t, h, w), int32, of clips (B, 3, T, H, W) in [-1, 1]."""
+    return torch.cat([parts.tokenizer.module.encode_tokens(clip) for clip in video.split(1)])
+
+
+def make_batch(
+    config: ARTransformerConfig, ids: Tensor, text: Tensor | None, fps: Sequence[float]
 ) -> tuple[Tensor, ...]:
-    """Tokens (B, L), int64, of clips (B, 3, T, H, W) in [-1, 1]; embeddings of prompts, if read."""
-    config = parts.config
-    cells = [parts.tokenizer.module.encode_tokens(clip).flatten(1) for clip in video.split(1)]
-    tokens = F.pad(torch.cat(cells).long(), (config.leading_tokens, 0), value=config.begin_token)
+    """Tokens (B, L), int64, and embeddings of prompts where the model reads them."""
+    tokens = F.pad(ids.flatten(1).long(), (config.leading_tokens, 0), value=config.begin_token)
     return (tokens,) if config.context_width is None or text is None else (tokens, text)
 
 

@@ -193,7 +193,7 @@ class TrainingStep(nn.Module):
         self.network, self.recipe, self.uncertainty = network, recipe, uncertainty
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Arguments of `forward`, of those that `encode_batch` made."""
+        """Arguments of `forward`, of those that `make_batch` made."""
         return *batch, *self.recipe.draw(batch[0], generator)
 
     def forward(
@@ -263,19 +263,24 @@ def settings(config: DiTConfig, opened: Opened) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_batch(
-    parts: Parts, video: Tensor, text: Tensor | None, fps: Sequence[float]
-) -> tuple[Tensor, ...]:
-    """Latents (B, C, T, H, W), float32, of clips (B, 3, T, H, W) in [-1, 1]; text; fps (B,)."""
-    assert text is not None, "a diffusion model reads a text"
+def encode_clips(parts: Parts, video: Tensor) -> Tensor:
+    """Latents (B, C, T, H, W), float32, of clips (B, 3, T, H, W) in [-1, 1]."""
     statistics = parts.opened["tokenizer"].statistics.rounded(parts.compute.dtype)
     latents = [
         torch.cat([*encode_stream(parts.tokenizer.module, [clip])], dim=2)
         for clip in video.to(parts.device, parts.compute.dtype).split(1)
     ]
     # statistics of a clip's first frame, not of an image
-    normal = statistics.normalise(torch.cat(latents).float(), image=False)
-    return normal, text, torch.tensor(fps)
+    normal: Tensor = statistics.normalise(torch.cat(latents).float(), image=False)
+    return normal
+
+
+def make_batch(
+    config: DiTConfig, latents: Tensor, text: Tensor | None, fps: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """Latents (B, C, T, H, W), embeddings of prompts (B, S, E), frame rates (B,)."""
+    assert text is not None, "a diffusion model reads a text"
+    return latents, text, torch.tensor(fps)
 
 
 def log_normal(uniform: Tensor, mean: float, deviation: float) -> Tensor:

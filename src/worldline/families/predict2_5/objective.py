@@ -132,7 +132,7 @@ class TrainingStep(nn.Module):
         self.network, self.recipe = network, recipe
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Arguments of `forward`, of those that `encode_batch` made."""
+        """Arguments of `forward`, of those that `make_batch` made."""
         return *batch, *self.recipe.draw(batch[0], generator)
 
     def forward(
@@ -188,16 +188,21 @@ def settings(config: FlowDiTConfig, opened: Opened) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_batch(
-    parts: Parts, video: Tensor, text: Tensor | None, fps: Sequence[float]
-) -> tuple[Tensor, ...]:
-    """Latents (B, C, T, H, W), float32, of clips (B, 3, T, H, W) in [-1, 1]; features of texts."""
-    assert text is not None, "a flow model reads a text"
+def encode_clips(parts: Parts, video: Tensor) -> Tensor:
+    """Latents (B, C, T, H, W), float32, of clips (B, 3, T, H, W) in [-1, 1]."""
     latents = [
         torch.cat([*encode_stream(parts.tokenizer.module, [clip])], dim=2)
         for clip in video.to(parts.device, parts.compute.dtype).split(1)
     ]
-    return torch.cat(latents).float(), text
+    return torch.cat(latents).float()
+
+
+def make_batch(
+    config: FlowDiTConfig, latents: Tensor, text: Tensor | None, fps: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """Latents (B, C, T, H, W), and features of prompts (B, S, F)."""
+    assert text is not None, "a flow model reads a text"
+    return latents, text
 
 
 def high_levels(shift: float = SHIFT) -> Tensor:
