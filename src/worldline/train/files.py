@@ -66,6 +66,11 @@ class Checkpoints:
     tp: Axis
     cut: Mapping[str, int]
 
+    def nbytes(self, counts: Mapping[str, int]) -> int:
+        """Bytes of a checkpoint, of numbers of numbers by our names."""
+        kinds = [file.dtype.itemsize for file in self.files if file.kind != "iteration"]
+        return sum(kinds) * sum(counts.values())
+
     def gather(
         self, step: int, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], writes: bool
     ) -> Callable[[], None]:
@@ -134,6 +139,10 @@ class AdapterCheckpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"iter_{step:09}_adapter"
+
+    def nbytes(self, counts: Mapping[str, int]) -> int:
+        """Bytes of a folder, of numbers of numbers by our names."""
+        return 4 * sum(counts[name] for pair in self.adapted.values() for name in pair)
 
     def gather(
         self, step: int, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], writes: bool

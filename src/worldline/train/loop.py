@@ -206,7 +206,15 @@ class Run:
                 value = _spread(self.average.values[name], parameter)
             yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
+    def check_room(self) -> None:
+        """Refuse to go on where the disk has no room for a state and the files beside it."""
+        beside = 0
+        if self.files and self.ranks.first:
+            beside = self.files.nbytes({n: p.numel() for n, p in self.module.named_parameters()})
+        self.states.check_room(self.state() if self.with_state else {}, beside)
+
     def _save(self) -> None:
+        self.check_room()
         facts = {"position": self.objective.position()}
         write: Callable[[], None] = lambda: None  # noqa: E731
         if self.files:

@@ -63,17 +63,17 @@ class States:
         return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
     def check_room(self, tensors: Mapping[str, Tensor], beside: int = 0) -> None:
-        """Refuse to begin where the disk has no room for a state.
+        """Refuse to go on where the disk has no room for a state.
 
         Args:
             tensors: of a state; those of this process count.
-            beside: bytes of other files that are written with it.
+            beside: bytes of other files that this process writes with it.
 
         Raises:
             InputError: in all processes; both sizes are named.
         """
-        own = sum(_local(tensor).nbytes for tensor in tensors.values())
-        need = beside + sum(self.ranks.every(own))
+        own = beside + sum(_local(tensor).nbytes for tensor in tensors.values())
+        need = sum(self.ranks.every(own))
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if self.ranks.any(free < need):

@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from worldline.errors import InputError, brief, did_you_mean
 from worldline.family import FAMILIES, Compute, Opened, Parts
-from worldline.files import check_folder, digest, readable_size
+from worldline.files import check_folder, digest
 from worldline.locate import locate
 from worldline.memory import device_memory
 from worldline.nn.modulation import fused
@@ -237,6 +237,7 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     )
     run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
     run.keep(files, experiment.checkpoint.save_state)
+    run.check_room()
     if mesh.world.first:
         run.writers += _writers(experiment)
         training.folder.mkdir(parents=True, exist_ok=True)
@@ -651,8 +652,3 @@ def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> C
         training.mesh.tp,
         cut_axes,
     )
-
-
-def room(training: Training) -> str:
-    """Bytes of a checkpoint in words."""
-    return readable_size(16 * training.network.num_parameters)
