@@ -30,7 +30,9 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("words", nargs=-1, metavar="[MODEL] [-- KEY=VALUE ...]")
-@click.option("--config", help="Of the released commands; any value, experiments have names here.")
+@click.option(
+    "--config", help="Taken from released commands, without effect: experiments have names here."
+)
 @click.option("--list", "listed", is_flag=True, help="List the experiments and end.")
 @click.option("--videos", help="Folder of videos, with captions beside them where a model reads.")
 @click.option("--caption", help="Caption of all videos.")

@@ -94,7 +94,7 @@ class DiTSizes:
         return attention + text + 6 * self.width + 2 * self.hidden
 
     def flops(self, grid: LatentShape, rows: int = 512) -> float:
-        """Of one forward of a clip with a text of so many rows, which are not encoded in it.
+        """Operations of a forward of a clip, with a text of so many rows, which is encoded before.
 
         Two for each multiplication.
         """

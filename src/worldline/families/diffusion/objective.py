@@ -243,7 +243,7 @@ def released_name(keys: KeyMap, name: str) -> str:
 
 
 def flops(config: DiTConfig, grid: LatentShape) -> float:
-    """Of a clip's forward and backward, two for each multiplication."""
+    """Operations of a clip's forward and backward, two for each multiplication."""
     return 3 * config.flops(grid)
 
 
