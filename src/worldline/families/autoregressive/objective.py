@@ -153,7 +153,7 @@ def released_name(keys: KeyMap, name: str) -> str:
 
 
 def flops(config: ARTransformerConfig, grid: LatentShape) -> float:
-    """Operations of a clip's forward and backward, two for each multiplication; causal attention once."""
+    """Operations of a clip's forward and backward; a pair of tokens attends once."""
     tokens = config.leading_tokens + grid.tokens
     inner = config.num_heads * config.head_size
     keys = config.num_kv_heads * config.head_size
