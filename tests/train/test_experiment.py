@@ -69,6 +69,7 @@ def test_the_released_figures() -> None:
         ("model_parallel.tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size", 2),
         ("model.ema.enabled=true", "average.enabled", True),
         ("checkpoint.load_path=a/model.pt", "checkpoint.load_path", "a/model.pt"),
+        ("trainer.activation_checkpointing=on", "trainer.activation_checkpointing", "on"),
         ("data.caption=a robot = arm", "data.caption", "a robot = arm"),
     ],
 )

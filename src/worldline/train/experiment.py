@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from worldline.documents import read_text
 from worldline.errors import InputError, brief, did_you_mean, strerror
@@ -53,6 +53,11 @@ Count = Annotated[int, Field(ge=1)]
 Times = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# YAML takes on and off for true and false
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v),
+]
 
 
 class Section(BaseModel):
@@ -158,7 +163,7 @@ class TrainerSettings(Section):
     seed: Times = 0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reference_state: bool = False
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    activation_checkpointing: Switch = "auto"
     compile: bool = True
     deterministic: bool = False
     logging_iter: Count = 10
