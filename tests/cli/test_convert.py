@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiny.export import autoregressive_settings, dit_settings, stored_tensors
+from tiny.export import dit_settings, stored_tensors
 from worldline.cli import convert
 from worldline.families.autoregressive.model import PRESETS, ARTransformer
-from worldline.families.autoregressive.weights import KEYS
+from worldline.families.autoregressive.weights import KEYS, settings_of
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import KEYS as DIT_KEYS
 from worldline.files import readable_size
@@ -80,7 +80,7 @@ def test_parts_of_any_number(run: Run, tmp_path: Path, config: Any, count: int) 
     tensors = tensors_of(config)
     path, merged = tmp_path / "own.safetensors", tmp_path / "merged" / "model.pt"
     save(tensors, path)
-    (tmp_path / "config.json").write_text(json.dumps(autoregressive_settings(config)))
+    (tmp_path / "config.json").write_text(json.dumps(settings_of(config)))
     assert run("checkpoints", "shard", "-c", path, "-t", count).exit_code == 0
     parts = [tmp_path / f"own_model_mp_{rank}.pt" for rank in range(count)]
     for name, tensor in tensors.items():
@@ -103,7 +103,7 @@ def test_parts_of_any_number(run: Run, tmp_path: Path, config: Any, count: int) 
 def test_transformer_engine_and_trainings(run: Run, tmp_path: Path, config: Any) -> None:
     """A training's file with names of Transformer Engine, in parts of either naming, and back."""
     tensors, path = tensors_of(config), tmp_path / "iter_000000007.pt"
-    (tmp_path / "config.json").write_text(json.dumps(autoregressive_settings(config)))
+    (tmp_path / "config.json").write_text(json.dumps(settings_of(config)))
     torch.save({"model": tensors, "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}}, path)
     for backend in ("transformer_engine", "pytorch"):
         words = ("-c", path, "-t", 3, "--target_backend", backend, "--model-family", "cosmos")
@@ -208,7 +208,7 @@ def put(folder: Path, kind: str) -> Path:
         save(stored_tensors(model, key_map(TOKENIZER)), folder / "tokenizer.pth")
     elif kind == "autoregressive":
         save(tensors_of(CROSSED), folder / "model.pt")
-        (folder / "config.json").write_text(json.dumps(autoregressive_settings(CROSSED)))
+        (folder / "config.json").write_text(json.dumps(settings_of(CROSSED)))
     else:
         shutil.copytree(BUNDLED / kind, folder, dirs_exist_ok=True)
     return folder
