@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from worldline import losses
 from worldline.families.diffusion import weights as edm
 from worldline.families.predict2_5 import weights as flow
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
-from worldline.train import losses
 from worldline.train.lora import (
     LowRankLinear,
     add_adapters,
