@@ -86,7 +86,7 @@ def test_autoregressive_files_fit_both_ways(size: str) -> None:
 def test_settings_agree_with_the_shapes(size: str) -> None:
     stated = manifest(f"Cosmos-Predict1-{size}")
     checkpoint = fake(stated["tensors"], "model.pt")
-    assert read_config(checkpoint(AR_PRESETS[size])) == AR_PRESETS[size]
+    assert read_config(checkpoint, settings_of(AR_PRESETS[size])) == AR_PRESETS[size]
 
 
 def test_bookkeeping_is_skipped_and_strangers_are_not() -> None:
