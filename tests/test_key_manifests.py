@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import PRESETS as AR_PRESETS
 from worldline.families.autoregressive.model import ARTransformer
-from worldline.families.autoregressive.weights import KEYS, read_config
+from worldline.families.autoregressive.weights import KEYS, read_config, settings_of
 from worldline.families.diffusion import weights as dit_weights
 from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
 from worldline.families.diffusion.model import DiT
