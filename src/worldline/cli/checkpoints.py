@@ -236,6 +236,8 @@ def examine(path: Path, values: bool) -> Lines:
     if path.stem in TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
         path = path.parent
     source = stored = open_any(path)
+    if source.adapters:  # all that the file holds is examined
+        source = replace(source, entries={**source.entries, **source.adapters}, adapters={})
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
     if source.beside:
