@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, NonFiniteError
 from worldline.train.loop import LoopConfig, Objective, fit, generator
 from worldline.train.optim import Average, Cosine, Rising, make_optimizer, orthogonalise, trainable
 from worldline.train.states import States
@@ -231,3 +231,40 @@ def test_a_recorded_step_is_the_step(tmp_path: Path, orthogonal: tuple[str, ...]
     logs = [(tmp_path / str(graphed) / "log.jsonl").read_text() for graphed in (False, True)]
     figures = [[json.loads(line)["largest"] for line in log.splitlines()] for log in logs]
     assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_run_that_diverges_names_its_batches(tmp_path: Path, bad: float) -> None:
+    """The last state is kept; it stops before the next one is written."""
+    model = small()
+
+    def draw(number: int) -> tuple[Tensor]:
+        return (torch.full((1, 4), bad if number == 13 else 1.0),)
+
+    objective = Objective(
+        draw=draw, loss=lambda x: (model(x).sum(), {}), named=lambda number: f"clip {number}"
+    )
+    config = replace(CONFIG, accumulate=2, log_every=100)  # batch 13 is of step 7
+    with pytest.raises(NonFiniteError, match=r"step 7: .* clip 12, clip 13; .*step 5 is kept"):
+        fit(model, objective, config, tmp_path)
+    assert States(tmp_path).steps() == [5]
+
+
+def test_accumulated_batches_are_one(tmp_path: Path) -> None:
+    """Four batches a step give what one of all gives."""
+    ends = []
+    for parts in (1, 4):
+        model = small()
+
+        def draw(number: int, parts: int = parts) -> tuple[Tensor]:
+            whole = torch.randn(16, 4, generator=generator(0, number // parts))
+            return (whole.chunk(parts)[number % parts],)
+
+        def loss(x: Tensor, model: nn.Module = model) -> tuple[Tensor, dict[str, Tensor]]:
+            return (model(x).squeeze(-1) - x.sum(-1)).square().mean(), {}
+
+        config = replace(CONFIG, accumulate=parts)
+        fit(model, Objective(draw=draw, loss=loss), config, tmp_path / str(parts))
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)

@@ -315,6 +315,7 @@ class Run:
         count = self.config.accumulate
         numbers = range(step * count, (step + 1) * count)
         batches = ", ".join(map(self.objective.named, numbers))
+        self.states.wait()  # for the last one, which is finite
         saved = self.states.steps()
         since = f"the state of step {saved[-1]} is kept" if saved else "no state was saved"
         raise NonFiniteError(
