@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from worldline.families.autoregressive.model import (
     ARTransformer,
@@ -13,7 +14,8 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.objective import NextTokenObjective
-from worldline.families.diffusion.objective import DenoisingObjective
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.objective import DenoisingObjective, Draws
 from worldline.families.predict2_5.objective import FlowObjective, high_levels
 from worldline.losses import IGNORED, next_token_loss
 from worldline.shapes import LatentShape
@@ -106,3 +108,37 @@ def test_draws_do_not_depend_on_what_is_computed() -> None:
             objective.draw(latents, torch.Generator().manual_seed(7)) for _ in range(2)
         )
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_clips_of_a_batch_keep_their_frame_rates() -> None:
+    """A batch of three rates, two of them the same, has the losses of its clips alone."""
+    config = DiTConfig(
+        depth=2,
+        width=48,
+        num_heads=4,
+        head_size=12,
+        hidden=96,
+        latent_channels=4,
+        context_width=8,
+        lora_rank=6,
+        max_grid=LatentShape(4, 4, 4),
+        rope_ratio=(1.0, 1.0, 1.0),
+        condition_mask=False,
+    )
+    torch.manual_seed(5)
+    network = DiT(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    objective, fps = DenoisingObjective(), torch.tensor([12.0, 30.0, 12.0])
+    latents, text = torch.randn(3, 4, 3, 4, 4), torch.randn(3, 5, 8)
+    draws = objective.draw(latents, torch.Generator().manual_seed(6))
+    losses = objective.loss(network, None, (latents, text, fps, None), draws)
+
+    def alone(clip: int, rate: float) -> Tensor:
+        batch = latents[clip : clip + 1], text[clip : clip + 1], rate, None
+        own = Draws(*(each[clip : clip + 1] if each.ndim else each for each in draws))
+        return objective.loss(network, None, batch, own)[0]
+
+    each = [alone(clip, float(rate)) for clip, rate in enumerate(fps)]
+    assert torch.allclose(losses, torch.stack(each), rtol=1e-5)
+    assert not torch.isclose(losses[0], alone(0, 30.0), rtol=1e-5)

@@ -205,3 +205,34 @@ def test_killed_runs_go_on_bit_for_bit(root: Path, videos: Path) -> None:
     states = [read_state(folder) for folder in folders.values()]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_one_goes_on(root: Path, videos: Path) -> None:
+    """Each has the captions of its own clips; Ctrl-C is passed on, and the step is saved."""
+    line = ["--name", "two", *words(MODELS[2], videos, "checkpoint.save_iter=99", steps=60)]
+    line = [word.replace("workers=0", "workers=1") for word in line]
+    log = root / RUNS / "two" / "checkpoints" / "log.jsonl"
+    process = subprocess.Popen([*COMMAND, "--num_gpus", "2", *line], stderr=subprocess.DEVNULL)
+    begun = time.monotonic()
+    while not log.exists() or not log.read_text():
+        assert time.monotonic() < begun + 120
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    [state] = log.parent.glob("*.state")
+    stopped = int(state.stem.removeprefix("iter_"))
+    steps = [json.loads(one)["step"] for one in log.read_text().splitlines()]
+    assert steps[-1] <= stopped < 60
+    assert run("--name", "two", *line[2:], "optimizer.lr=0.5") == 2
+    settings = root / RUNS / "two" / "config.yaml"
+    assert yaml.safe_load(settings.read_text())["optimizer"]["lr"] != 0.5
+    process = subprocess.Popen([*COMMAND, *line], stderr=subprocess.DEVNULL)
+    while len(log.read_text().splitlines()) == len(steps):
+        assert time.monotonic() < begun + 120
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    lines = log.read_text().splitlines()[len(steps) :]
+    assert json.loads(lines[0])["step"] == stopped + 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,32 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     (states.path(1) / FACTS).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         states.restore(1, empty())
+
+
+def test_a_state_that_fails_is_reported_though_a_run_ends_by_another_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And at the next line of the log, not at the next state."""
+    states = States(tmp_path)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    def fail() -> None:
+        with states.finished():
+            states.save(1, tensors(1), {}, full)
+            raise ValueError("of the run")
+
+    with pytest.raises(ValueError, match="of the run"):
+        fail()
+    assert "No space left" in caplog.text
+    states.save(2, tensors(2), {}, full)
+    assert states._pending is not None
+    futures.wait([states._pending])
+    with pytest.raises(Error, match="No space left"):
+        states.check()
+    with pytest.raises(Error, match="No space left"), states.finished():
+        states.save(3, tensors(3), {}, full)
 
 
 def test_what_cannot_be_written_leaves_the_last(

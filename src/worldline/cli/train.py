@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from worldline.train.experiment import Experiment
 
 logger = logging.getLogger(__name__)
 
-_STOPS = (signal.SIGTERM, signal.SIGINT)
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -71,10 +72,12 @@ def train(
         for name, line in experiments.released().items():
             results.add(f"{name}: {line}")
         return
-    experiment = _read(words, {name: value for name, value in short.items() if value})
+    given = {n: value for n, value in short.items() if value is not None and value is not False}
+    experiment = _read(words, given)
     options = LoadOptions.parse({"device": device, "num_gpus": num_gpus})
     if (count := processes_to_start(options)) > 1:
-        context.exit(job.launch(context.find_root().obj, count))
+        words = context.find_root().obj
+        context.exit(job.launch(words, count, patience_s=math.inf))  # they save first
     from worldline.train.training import prepare
     from worldline.train.training import train as run
 
@@ -154,11 +157,21 @@ def _of_model(model: str, stated: dict[str, Any], overrides: list[str]) -> Exper
 
 @contextmanager
 def _stops() -> Iterator[Callable[[], bool]]:
-    """Whether a signal has asked to stop; the step is finished and saved first."""
+    """Whether a signal has asked to stop; the step is finished and saved first.
+
+    A second one ends at once. Those that are ignored at the start, as below nohup, stay ignored.
+    """
     asked: list[int] = []
     before: dict[int, Any] = {number: signal.getsignal(number) for number in _STOPS}
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            before[number](number, frame)
+        asked.append(number)
+
     for stop in _STOPS:
-        signal.signal(stop, lambda number, _: asked.append(number))
+        if callable(before[stop]):
+            signal.signal(stop, ask)
     try:
         yield lambda: bool(asked)
     finally:

@@ -107,7 +107,8 @@ def add_and_modulate(
 def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> Tensor:
     """RMS norm of each head (B, L, N, K), scaled and rotated; a kernel overwrites `x`.
 
-    The weight is (K,), shared by all heads, the rotation (L, K) float32.
+    The weight is (K,), shared by all heads, the rotation (L, K) float32; in the plain form it may
+    be one of each clip, (B, L, K).
     """
     kernels = kernels_for(x, _KERNELS)
     if kernels is not None:
@@ -117,7 +118,7 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
     y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype) * weight
     if rotation is None:
         return y
-    cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
+    cos, sin = rotation.cos.unsqueeze(-2), rotation.sin.unsqueeze(-2)
     y = y.to(wide)  # the released kernel turns in float32
     first, second = y.chunk(2, dim=-1)
     return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

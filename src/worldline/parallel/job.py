@@ -576,10 +576,11 @@ def _at_exit() -> None:
     leave(together=False)  # others may have more to do
 
 
-def launch(words: Sequence[str], count: int) -> int:
+def launch(words: Sequence[str], count: int, patience_s: float = GRACE_S + 2 * BEAT_S) -> int:
     """Run a command in `count` processes on this machine; the exit status of the first to fail.
 
-    A process that is killed ends the others. None outlives this one.
+    A process that is killed ends the others. None outlives this one. After a signal, which is
+    passed on, they have `patience_s` to end.
 
     Raises:
         Error: a process was killed.
@@ -609,6 +610,9 @@ def launch(words: Sequence[str], count: int) -> int:
         while all(one.poll() is None for one in ranks):
             time.sleep(0.05)
         return _outcome(ranks)
+    except KeyboardInterrupt:
+        _end(ranks, patience_s)
+        raise
     finally:
         _end(ranks)
 
@@ -640,9 +644,11 @@ def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     return status
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(
+    ranks: Sequence[subprocess.Popen[bytes]], patience_s: float = GRACE_S + 2 * BEAT_S
+) -> None:
     """End ranks that still run, and all that they started."""
-    until = time.monotonic() + GRACE_S + 2 * BEAT_S
+    until = time.monotonic() + patience_s
     for number in (signal.SIGTERM, signal.SIGKILL):
         for one in (one for one in ranks if one.poll() is None):
             with suppress(ProcessLookupError):

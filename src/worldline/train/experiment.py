@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from worldline.documents import read_text
 from worldline.errors import InputError, brief, did_you_mean, strerror
@@ -60,6 +67,17 @@ Switch = Annotated[
 ]
 
 
+def _later(value: Any) -> AfterValidator:
+    """Refuses all but a value, as the others are not available yet."""
+
+    def check(given: Any) -> Any:
+        if given != value:
+            raise ValueError("it is not available yet; leave it out")
+        return given
+
+    return AfterValidator(check)
+
+
 class Section(BaseModel):
     """Part of an experiment."""
 
@@ -86,7 +104,6 @@ class Data(Section):
         video_size: height and width.
         fit: whether frames of another aspect are cropped or stretched.
         one_per_video: one clip of a random place of each video in an epoch, not each of all places.
-        image_size: height and width that Predict1's networks are given, None for `video_size`.
         caption: of all videos; None reads those beside them.
         batch_size: clips of a batch of each process.
         num_workers: processes that read ahead.
@@ -102,7 +119,6 @@ class Data(Section):
     video_size: tuple[Count, Count] | None = None
     fit: Literal["crop", "stretch"] = "crop"
     one_per_video: bool = False
-    image_size: tuple[Count, Count] | None = None
     caption: str | None = None
     batch_size: Count = 1
     num_workers: Times = 2
@@ -162,14 +178,14 @@ class TrainerSettings(Section):
     clip_norm: Positive = 1.0
     seed: Times = 0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    reference_state: bool = False
+    reference_state: Annotated[bool, _later(False)] = False
     activation_checkpointing: Switch = "auto"
-    compile: bool = True
+    compile: Annotated[bool, _later(False)] = False
     deterministic: bool = False
     logging_iter: Count = 10
     run_validation: bool = True
     validation_iter: Times = 100
-    sample_iter: Times = 0
+    sample_iter: Annotated[Times, _later(0)] = 0
 
 
 class CheckpointSettings(Section):
@@ -186,10 +202,9 @@ class CheckpointSettings(Section):
     load_path: str | None = None
     save_iter: Count = 1000
     save_state: bool = True
-    format: Literal["worldline", "reference"] = "worldline"
+    format: Annotated[Literal["worldline", "reference"], _later("worldline")] = "worldline"
     keep_last: Count = 3
     keep_every: Times = 0
-    strict_resume: bool = True
 
 
 class ParallelSettings(Section):
@@ -292,7 +307,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Experiment:
 def short_form(family: str, stated: dict[str, Any]) -> dict[str, Any]:
     """Values of a family's experiments under those that are stated; clips have the model's size."""
     base = _stated(EXPERIMENTS / "short" / f"{family}.yaml")
-    sizes = ("num_frames", "video_size", "image_size")
+    sizes = ("num_frames", "video_size")
     base["data"] = {name: value for name, value in base["data"].items() if name not in sizes}
     return _merged(base, stated)
 
@@ -316,11 +331,25 @@ def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
             place = place.setdefault(section, {})
         place[last] = value
     try:
-        return Experiment.model_validate(stated)
+        experiment = Experiment.model_validate(stated)
     except ValidationError as error:
         typed = {ours: key for ours, (key, _) in given.items()}
         lines = [_problem(each, typed) for each in error.errors()]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
+    for ours, (key, _) in given.items():
+        if reason := _unread(ours, experiment):
+            raise InputError(f"{key} has no effect with {reason}; leave it out, or change that")
+    return experiment
+
+
+def _unread(key: str, experiment: Experiment) -> str:
+    """The setting with which nothing reads a key; "" where it is read."""
+    kind, part = experiment.scheduler.kind, key.partition(".")
+    unread = {"cosine": ("cycle", "start", "top"), "linear": ("decay",)}[kind]
+    if part[0] == "scheduler" and part[2] in unread:
+        return f"scheduler.kind={kind}"
+    rank = experiment.lora.rank
+    return "lora.rank=0" if part[0] == "lora" and not rank and part[2] != "rank" else ""
 
 
 def our_key(key: str) -> str:
@@ -396,7 +425,7 @@ def _problem(error: Any, typed: Mapping[str, str]) -> str:
     if error["type"] == "extra_forbidden":
         known = did_you_mean(".".join(path), keys(), 0.6)
         return f"{where}: there is no such key{known or '; --dry_run prints all'}"
-    advice = error["msg"].replace("Input should", "it must")
+    advice = error["msg"].replace("Input should", "it must").removeprefix("Value error, ")
     return f"{where} is {brief(error['input'])}; {advice}"
 
 

@@ -236,7 +236,7 @@ class Run:
         lines: Any = nullcontext(None)
         if self.ranks.first:
             lines = _lines(path, config.steps, self.writers)
-        with lines as write:
+        with lines as write, self.states.finished():
             while self.step < config.steps:
                 self.now.fill_(self.step)
                 self.optimizer.defaults["lr"].fill_(rate := config.rate(self.step))
@@ -250,6 +250,7 @@ class Run:
                 watch = None if self.step % objective.watch_every else objective.watch
                 seconds_done = time.monotonic() - entered
                 if logged or watch:
+                    self.states.check()
                     self._check_finite()
                     if watch and (self.sharded or self.ranks.first):
                         figures = figures | watch()
@@ -259,14 +260,15 @@ class Run:
                     facts = {"step": self.step, "rate": rate, "steps_per_second": speed}
                     write({**figures, **facts, **objective.speed(speed)})
                 late = stopping() or (seconds is not None and seconds_done > seconds)
-                if self.ranks.count > 1:  # all stop at one step; each step would wait for others
-                    late = logged and self.ranks.any(late)
+                if self.ranks.count > 1:  # all stop at one step, to ask which is to wait for others
+                    late = (logged or self.sharded is not None) and self.ranks.any(late)
+                if late and write is not None:
+                    log.info("stopping at step %d, which is saved", self.step)
                 if last or late or self.step % config.save_every == 0:
                     self._check_finite()
                     self._save()
                 if late:
                     break
-        self.states.wait()
         return self.step, self.average
 
     def _advance(self, *batches: tuple[Tensor, ...]) -> Figures:
@@ -314,7 +316,8 @@ class Run:
             return
         count = self.config.accumulate
         numbers = range(step * count, (step + 1) * count)
-        batches = ", ".join(map(self.objective.named, numbers))
+        every = self.ranks.every([*map(self.objective.named, numbers)])
+        batches = ", ".join(name for names in every for name in names)
         self.states.wait()  # for the last one, which is finite
         saved = self.states.steps()
         since = f"the state of step {saved[-1]} is kept" if saved else "no state was saved"

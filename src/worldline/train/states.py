@@ -7,6 +7,7 @@ and from which any number of processes can read. It gets its name once all of it
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from torch.distributed import checkpoint
 from worldline.errors import CheckpointError, Error, InputError, one_line, strerror
 from worldline.files import readable_size, remove, remove_stale, temporary_name
 from worldline.parallel.mesh import ALONE, Axis
+
+log = logging.getLogger(__name__)
 
 dcp: Any = checkpoint  # which does not declare what it exports
 FACTS = "run.json"  # of a state: what is no tensor
@@ -119,6 +122,28 @@ class States:
         if pending is not None:
             pending.result()
 
+    def check(self) -> None:
+        """Raise `Error` if what was to be written by now could not be."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Wait for the last state at the end of a run, and at an error, which goes before its own.
+
+        Raises:
+            Error: it could not be written.
+        """
+        try:
+            yield
+        except Exception:
+            try:
+                self.wait()
+            except Error as error:
+                log.warning("%s", error)
+            raise
+        self.wait()
+
     def _write(
         self,
         step: int,
@@ -130,7 +155,8 @@ class States:
         try:
             if self._ranks.first:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                remove_stale(self.path(step))
+                for left in self.folder.glob(".iter_*.state.*"):  # by killed processes
+                    remove_stale(left.with_name(left.name[1:].partition(".state")[0] + ".state"))
             beside()
             if tensors is not None:
                 writer = dcp.FileSystemWriter(temporary, sync_files=True)
@@ -138,7 +164,7 @@ class States:
                     dcp.save(tensors, storage_writer=writer, **_together(self._ranks))
                 if self._ranks.first:
                     (temporary / FACTS).write_text(facts)
-                    remove(self.path(step))  # of a run that went back
+                    self._remove(step)  # of a run that went back
                     temporary.replace(self.path(step))
             self._prune(step)
         except BaseException as error:  # torch's own is no Exception
@@ -153,8 +179,27 @@ class States:
         steps = sorted({*self._written, *self.steps()})
         for step in [step for step in steps if step <= newest][: -max(1, self.keep_last)]:
             if not (self.keep_every and step % self.keep_every == 0) and self._ranks.first:
-                remove(self.path(step))
+                self._remove(step)
                 self.removed(step)
+
+    def _remove(self, step: int) -> None:
+        """Remove a state, which has no name while that takes its time."""
+        path = self.path(step)
+        if path.exists():
+            remove(path.replace(temporary_name(path)))
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What a state has beside tensors.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        path = self.path(step)
+        try:
+            facts: dict[str, Any] = json.loads((path / FACTS).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return facts
 
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Read a state into tensors, in place; its facts.
@@ -162,9 +207,8 @@ class States:
         Raises:
             CheckpointError: it is of another model or optimizer, or damaged.
         """
-        path = self.path(step)
+        path, facts = self.path(step), self.facts(step)
         try:
-            facts: dict[str, Any] = json.loads((path / FACTS).read_text())
             reader = dcp.FileSystemReader(path)
             stored = {name: tuple(each.size) for name, each in _sizes(reader).items()}
         except (OSError, ValueError) as error:

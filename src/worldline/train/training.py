@@ -44,6 +44,7 @@ from worldline.train.lora import add_adapters
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
 from worldline.train.optim import Cosine, Linear, Power, Rate
 from worldline.train.sharding import Sharded, share
+from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe
 from worldline.weights.networks import Network, shapes_of
@@ -169,7 +170,9 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     held_out = None
     if data.validation_dir and experiment.trainer.run_validation:
         held_out = _clips(data, data.validation_dir, opened, video, precision, world)
-    return Training(experiment, opened, clips, held_out, recipe, mesh, place)
+    training = Training(experiment, opened, clips, held_out, recipe, mesh, place)
+    world.once(partial(_check_state, training))
+    return training
 
 
 def memory_of(training: Training) -> dict[bool, TrainingMemory]:
@@ -296,12 +299,33 @@ def _restore(training: Training, loader: Loader, position: dict[str, Any]) -> No
     Raises:
         InputError: the state is of another experiment; the keys that differ are named.
     """
-    if lines := differences(position["experiment"], training.experiment):
+    _same(training, position["experiment"])
+    loader.restore(position["data"])
+
+
+def _check_state(training: Training) -> None:
+    """Refuse another experiment than that of the newest state, before anything is read or written.
+
+    Raises:
+        InputError: the keys that differ are named, or the clips do.
+    """
+    states = States(training.folder)
+    if steps := states.steps():
+        position = states.facts(steps[-1])["position"]
+        _same(training, position["experiment"])
+        if position["data"]["data"] != training.clips.fingerprint:
+            raise InputError(
+                f"{training.folder} holds states of a run on other clips than those of "
+                f"{training.experiment.data.dataset_dir}; give these back, or job.name=OTHER"
+            )
+
+
+def _same(training: Training, before: Mapping[str, Any]) -> None:
+    if lines := differences(before, training.experiment):
         raise InputError(
             f"{training.folder} holds states of another run: {'; '.join(lines)}; set them back, or "
             "give job.name=OTHER"
         )
-    loader.restore(position["data"])
 
 
 def _objective(opened: Opened) -> Any:
@@ -574,6 +598,8 @@ class _Batches:
         self.seed, self.held_out = trainer.seed, training.held_out
         self.held: list[tuple[Tensor, ...]] = []
         self.names: dict[int, Sequence[str]] = {}
+        # of which one is to be named where a gradient is not finite, as lines of the log find it
+        self.most_named = trainer.grad_accum_iter * (trainer.logging_iter + 1)
         self.batches: Iterator[Any] | None = None
         dtype = training.dtype
         text = dtype if dtype == torch.float32 else torch.bfloat16
@@ -586,7 +612,9 @@ class _Batches:
     def draw(self, number: int) -> tuple[Tensor, ...]:
         self.batches = self.batches or iter(self.loader)
         item = next(self.batches)
-        self.names = {number: item["name"], **dict([*self.names.items()][:99])}
+        self.names[number] = item["name"]
+        if len(self.names) > self.most_named:
+            del self.names[next(iter(self.names))]
         draws = generator(self.seed, number, rank=self.mesh.dp.rank)
         return tuple(self.step.draw(self._encode(item), draws))
 
@@ -628,7 +656,7 @@ class _Batches:
         if "ai_caption" not in item or self.parts.text is None:
             return None
         captions = item["ai_caption"]
-        embedded = self.mesh.world.once(lambda: self.parts.text.embed(captions))  # type: ignore[union-attr]
+        embedded = self.mesh.tp.once(lambda: self.parts.text.embed(captions))  # type: ignore[union-attr]
         return torch.cat([embedded[caption] for caption in captions])
 
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.model import DiT, DiTConfig, Positions
 from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, denoising_loss, noised_latents
 from worldline.nn.pieces import encode_stream
+from worldline.nn.rope import Rotation
 from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.shapes import LatentShape
 from worldline.weights.checkpoint import Checkpoint
@@ -138,7 +139,7 @@ class DenoisingObjective:
         self,
         network: DiT,
         uncertainty: Uncertainty | None,
-        batch: tuple[Tensor, Tensor, float | None, Tensor | None],
+        batch: tuple[Tensor, Tensor, Tensor | float | None, Tensor | None],
         draws: Draws,
     ) -> Tensor:
         """Loss of each clip (B,), float32; below 0 where the uncertainty is small.
@@ -147,7 +148,7 @@ class DenoisingObjective:
             network: float32 or bf16.
             uncertainty: None weighs all noise levels alike.
             batch: latents (B, C, T, H, W) as the tokenizer makes them; embeddings of prompts
-                (B, S, E); frames a second; mask (B, 1, h, w) of padding, None without.
+                (B, S, E); frames a second, of all or (B,); mask (B, 1, h, w) of padding, or None.
             draws: of `draw`.
         """
         latents, text, fps, padding = batch
@@ -158,7 +159,7 @@ class DenoisingObjective:
             x,
             times,
             network.encode_context(text * draws.text_kept.to(text)[:, None, None]),
-            network.make_positions(LatentShape(*latents.shape[2:]), fps),
+            make_positions(network, LatentShape(*latents.shape[2:]), fps),
             condition_mask=mask if network.config.condition_mask else None,
             padding_mask=padding,
         )
@@ -171,7 +172,7 @@ class DenoisingObjective:
 
 
 class TrainingStep(nn.Module):
-    """Loss of the clips of a batch, all of one grid and frame rate.
+    """Loss of the clips of a batch, all of one grid.
 
     Attributes:
         recipe: of the step.
@@ -200,7 +201,7 @@ class TrainingStep(nn.Module):
         self, latents: Tensor, text: Tensor, fps: Tensor, *draws: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and no terms; see `DenoisingObjective.loss`, fps is (B,)."""
-        batch = latents, text, float(fps[0]), None
+        batch = latents, text, fps, None
         loss = self.recipe.loss(self.network, self.uncertainty, batch, Draws(*draws))
         return loss.mean(), {}
 
@@ -281,6 +282,17 @@ def make_batch(
     """Latents (B, C, T, H, W), embeddings of prompts (B, S, E), frame rates (B,)."""
     assert text is not None, "a diffusion model reads a text"
     return latents, text, torch.tensor(fps)
+
+
+def make_positions(network: DiT, grid: LatentShape, fps: Tensor | float | None) -> Positions:
+    """Positions of clips of one frame rate, or of several, fps (B,): the rotation is (B, L, K)."""
+    rates = {*fps.tolist()} if isinstance(fps, Tensor) else {fps}
+    positions = {rate: network.make_positions(grid, rate) for rate in rates}
+    if len(rates) == 1 or not isinstance(fps, Tensor):
+        return positions[rates.pop()]
+    each = [positions[rate] for rate in fps.tolist()]
+    turns = zip(*(one.rotation for one in each), strict=True)
+    return each[0]._replace(rotation=Rotation(*map(torch.stack, turns)))
 
 
 def log_normal(uniform: Tensor, mean: float, deviation: float) -> Tensor:

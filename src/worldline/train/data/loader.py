@@ -88,7 +88,7 @@ class _Stream(Dataset[tuple[Item, list[Failure]]]):
 def _worker_context() -> Any:
     """Processes that are forked from one that has no threads, devices or locks of this one."""
     context = get_context("forkserver")  # spawned ones may abort in torch when they end
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload([f"{__package__}.forkserver", "__main__", __name__])
     return context
 
 
