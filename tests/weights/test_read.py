@@ -494,3 +494,12 @@ def test_file_that_shrinks_after_opening(tmp_path: Path) -> None:
     os.truncate(path, 200)
     with pytest.raises(CheckpointError, match="cut short while in use"):
         checkpoint.read("x")
+
+
+def test_tensors_with_attributes_as_fsdp_gathers_them(tmp_path: Path) -> None:
+    """Their pickle names torch.Tensor, which here builds nothing by itself."""
+    wanted = torch.randn(3, 5).bfloat16()
+    tensor = wanted.clone()
+    tensor._has_been_cloned = True  # type: ignore[attr-defined]
+    torch.save({"a.weight": tensor}, path := tmp_path / "a.pt")
+    assert torch.equal(open_checkpoint(path).read("a.weight"), wanted)

@@ -664,8 +664,13 @@ def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> C
     """Files of checkpoints, and how tensors are named in them."""
     network, files = training.network, training.module
     buffers = {name: tensor.cpu() for name, tensor in step.named_buffers()}
-    released = partial(files.released_name, network.keys)
+    keys = network.layouts[0] if network.layouts else network.keys  # whatever those of the source
+    released = partial(files.released_name, keys)
     named = {released(name): tensor for name, tensor in buffers.items()}
+    if network.keys is keys:  # what decides a model beside its weights
+        for name in network.source.tensors:
+            if fnmatchcase(bare := name.removeprefix(keys.prefixes[0]), files.BESIDE):
+                named[f"{keys.prefixes[0]}{bare}"] = network.source.read(name)
     averaged = training.experiment.average.enabled
     chosen = [ModelFile(*each) for each in files.MODEL_FILES]
     if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number

@@ -138,6 +138,7 @@ class TrainingStep(nn.Module):
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (("iter_{step:09}.pt", "weights", torch.bfloat16),)
 LATEST = "iter_{step:09}.pt"
+BESIDE = ""  # pattern of further names of files that are kept as they were
 
 
 def make_step(

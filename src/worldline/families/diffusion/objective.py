@@ -213,6 +213,7 @@ MODEL_FILES = (
     ("iter_{step:09}.pt", "iteration", torch.bfloat16),
 )
 LATEST = "iter_{step:09}.pt"
+BESIDE = "pos_embedder.*"  # pattern of further names of files that are kept as they were
 _UNCERTAINTY = {
     "frequencies": "logvar.0.freqs",
     "phases": "logvar.0.phases",
