@@ -197,6 +197,7 @@ class CheckpointSettings(Section):
         format: "reference" also writes the reference's optimizer files.
         keep_last: number of the newest checkpoints that are kept.
         keep_every: those of steps that it divides are kept, too.
+        strict_resume: taken from released commands; files must fit, whatever it is.
     """
 
     load_path: str | None = None
@@ -205,6 +206,7 @@ class CheckpointSettings(Section):
     format: Annotated[Literal["worldline", "reference"], _later("worldline")] = "worldline"
     keep_last: Count = 3
     keep_every: Times = 0
+    strict_resume: bool = True
 
 
 class ParallelSettings(Section):

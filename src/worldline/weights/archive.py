@@ -96,10 +96,6 @@ class _Record(NamedTuple):
     meta: Tensor
 
 
-class _Plain(Inert):
-    """`torch.Tensor` itself."""
-
-
 class Unpickler(pickle._Unpickler):
     """Knows tensors, dicts, lists and stand-ins.
 
