@@ -136,6 +136,19 @@ def test_the_experiment_is_printed(
     assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
+def test_weights_without_a_state_are_not_overwritten(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(AR, videos, "checkpoint.save_state=false", steps=1)
+    assert run(*line) == 0
+    [kept] = (root / RUNS / AR / "checkpoints").glob("iter_*.pt")
+    before = kept.read_bytes()
+    assert run(*line) == 2
+    assert "job.name=OTHER" in capsys.readouterr().err
+    assert kept.read_bytes() == before
+
+
 def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--list") == 0
     assert "base_4b_example_tealrobot_tp4: " in capsys.readouterr().out
@@ -163,6 +176,7 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             ("has 1 process;",),
         ),
         ([AR], ("data.dataset_dir",)),
+        ([AR, "--videos", "VIDEOS", "--name", "../../x"], ("job.name", "../../x")),
     ],
 )
 def test_what_is_refused(

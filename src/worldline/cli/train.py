@@ -74,6 +74,7 @@ def train(
         return
     given = {n: value for n, value in short.items() if value is not None and value is not False}
     experiment = _read(words, given)
+    job.remedy = "the same command goes on from the last state"
     options = LoadOptions.parse({"device": device, "num_gpus": num_gpus})
     if (count := processes_to_start(options)) > 1:
         words = context.find_root().obj

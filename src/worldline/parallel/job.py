@@ -48,7 +48,7 @@ _LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
 _ELASTIC = "TORCHELASTIC_"  # begins the names in the environment that only torchrun sets
 _LEFT = b"left"
 _INTERRUPTED = (129, 130, 143)
-_AGAIN = "--resume makes what is missing"
+remedy = "--resume makes what is missing"  # another command may have another
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Watch:
                 self.post(1, self.failure[1])  # perhaps it is the judge's
         except Exception:  # of the connection
             holder = "the torchrun of rank 0" if _of_agent() else "rank 0"
-            self.failure = LOST, f"{holder} has ended; {_AGAIN}"
+            self.failure = LOST, f"{holder} has ended; {remedy}"
 
     def _judge(self) -> None:
         while not self.stopped.wait(BEAT_S):
@@ -213,10 +213,10 @@ class Watch:
                 self.silence[key] += 1
                 if self.silence[key] > SILENCE and not self.failure:
                     rank = key.removeprefix("alive/")
-                    self.failure = LOST, f"rank {rank} has not answered for {SILENCE} s; {_AGAIN}"
+                    self.failure = LOST, f"rank {rank} has not answered for {SILENCE} s; {remedy}"
             if self.orphaned() and not self.failure:
                 starter = f"the process that started rank {self.here.rank}"
-                self.failure = LOST, f"{starter} has ended; {_AGAIN}"
+                self.failure = LOST, f"{starter} has ended; {remedy}"
             if self.failure:
                 status, message = self.report()
                 if self.interrupt:
@@ -527,7 +527,7 @@ def settle(error: BaseException, status: int, message: str) -> tuple[int, str]:
         if not watch.failure:
             dead = [key for key, missed in watch.silence.items() if missed >= EVIDENCE - 1]
             if speaks and lost and dead and message:
-                status, message = 1, f"{dead[0].replace('alive/', 'rank ')} has ended; {_AGAIN}"
+                status, message = 1, f"{dead[0].replace('alive/', 'rank ')} has ended; {remedy}"
             watch.post(status, f"{'' if speaks else label()}{message}" if message else "")
             watch.look()
         until = time.monotonic() + EVIDENCE * BEAT_S
@@ -637,10 +637,10 @@ def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     for rank, status in enumerate(statuses):
         number = -status if status < 0 else status - 128 if status in _INTERRUPTED else 0
         if number:
-            raise Error(f"rank {rank} was ended by {signal.Signals(number).name}; {_AGAIN}")
+            raise Error(f"rank {rank} was ended by {signal.Signals(number).name}; {remedy}")
     status = next((status for status in statuses if status not in (0, LOST)), 0)
     if not status and LOST in statuses:
-        raise Error(f"the processes lost each other; {_AGAIN}")
+        raise Error(f"the processes lost each other; {remedy}")
     return status
 
 

@@ -25,6 +25,7 @@ from pydantic import (
 
 from worldline.documents import read_text
 from worldline.errors import InputError, brief, did_you_mean, strerror
+from worldline.files import file_name
 from worldline.yaml_documents import parse_yaml
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -60,6 +61,7 @@ Count = Annotated[int, Field(ge=1)]
 Times = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+FolderName = Annotated[str, AfterValidator(lambda name: file_name(name) if name else name)]
 # YAML takes on and off for true and false
 Switch = Annotated[
     Literal["auto", "on", "off"],
@@ -87,9 +89,9 @@ class Section(BaseModel):
 class Job(Section):
     """Names of the run's folder, `OUTPUT_ROOT/project/group/name`."""
 
-    project: str = "posttraining"
-    group: str = "worldline"
-    name: str = ""
+    project: FolderName = "posttraining"
+    group: FolderName = "worldline"
+    name: FolderName = ""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
 
 

@@ -38,7 +38,7 @@ from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
 from worldline.train.experiment import Data, Experiment, differences
-from worldline.train.files import AdapterCheckpoints, Checkpoints, ModelFile
+from worldline.train.files import LATEST, AdapterCheckpoints, Checkpoints, ModelFile
 from worldline.train.loop import LoopConfig, Objective, Run, Writer, generator
 from worldline.train.lora import add_adapters
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
@@ -128,7 +128,8 @@ class Training:
         if self.held_out is not None:
             yield f"{experiment.data.validation_dir}: {self.held_out}, held out"
         batch = experiment.data.batch_size * layout.dp * experiment.trainer.grad_accum_iter
-        yield f"{batch} clips of {_words(self.video)} a step, {experiment.trainer.max_iter:,} steps"
+        clips = f"{batch} clip{'s' if batch > 1 else ''} of {_words(self.video)}"
+        yield f"{clips} a step, {experiment.trainer.max_iter:,} steps"
         if layout.count > 1:
             yield f"{layout.count} processes: {layout}"
         again = self.checkpointed
@@ -310,6 +311,11 @@ def _check_state(training: Training) -> None:
         InputError: the keys that differ are named, or the clips do.
     """
     states = States(training.folder)
+    if not states.steps() and (training.folder / LATEST).exists():
+        raise InputError(
+            f"{training.folder} holds weights of a run and no state to go on from; give "
+            "job.name=OTHER"
+        )
     if steps := states.steps():
         position = states.facts(steps[-1])["position"]
         _same(training, position["experiment"])
