@@ -123,10 +123,9 @@ def shard(context: click.Context, /, **_: object) -> None:
     if network.shards is None:
         raise InputError(f"{path}: no tensor-parallel processes share such a model")
     if config.divisor % count:
-        possible = [str(n) for n in range(1, config.divisor + 1) if config.divisor % n == 0]
         raise InputError(
             f"--tensor_parallel_size {count}: {path} cannot be cut into {count} equal parts; give "
-            f"{', '.join(possible)}"
+            f"{', '.join(map(str, config.divisors))}"
         )
     whole = network.by_names(network.keys)
     own = {name: entry for name, entry in whole.entries.items() if network.keys.ours(name)}

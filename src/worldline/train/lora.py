@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from worldline.files import replacing
 from worldline.weights.checkpoint import refuse_nonfinite, save
-from worldline.weights.keymap import KeyMap, LoRARecipe
+from worldline.weights.keymap import KeyMap, LoRARecipe, matches
 from worldline.weights.lora import ADAPTER_FILES, CONFIG, METADATA, Adapter
 
 _WEIGHT = ".weight"
@@ -83,11 +82,11 @@ def add_adapters(
         if isinstance(layer, nn.Linear)
     }
     for pattern in recipe.targets:
-        if not any(fnmatchcase(name, pattern) for name in linear):
+        if not any(matches(name, [pattern]) for name in linear):
             raise ValueError(f"no linear layer has a name like {pattern}")
     adapted: dict[str, LowRankLinear] = {}
     for name, layer in linear.items():
-        if any(fnmatchcase(name, pattern) for pattern in recipe.targets):
+        if matches(name, recipe.targets):
             adapted[name] = new = LowRankLinear(layer, recipe.rank, recipe.scale)
             if recipe.start == "normal":
                 drawn = torch.randn(new.down.shape, generator=generator) / recipe.rank

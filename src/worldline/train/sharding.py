@@ -9,7 +9,7 @@ in that of the computation (FSDP, arXiv 2304.11277).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 
 from worldline.parallel.tensor import ShardPlan
+from worldline.weights.keymap import matches
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Sharded:
     Attributes:
         module: it, with distributed tensors for parameters.
         mesh: of axes `dp` and `tp`.
-        cut: names of parameters of which each tensor-parallel process holds a part.
+        cut: parameters of which each tensor-parallel process holds a part, and the axis of it.
         partial: names of parameters of which each computes a part of the gradient.
     """
 
     module: nn.Module
     mesh: DeviceMesh
-    cut: frozenset[str]
+    cut: Mapping[str, int]
     partial: frozenset[str]
 
     def sum_partial_gradients(self) -> None:
@@ -81,16 +82,19 @@ def local(tensor: Tensor) -> Tensor:
 
 def share_layers(
     network: nn.Module, plan: ShardPlan, whole: Mapping[str, Sequence[int]], mesh: DeviceMesh
-) -> frozenset[str]:
-    """Make a tensor-parallel part compute the whole network, with gradients; names of what is cut.
+) -> dict[str, int]:
+    """Make a tensor-parallel part compute the whole network, with gradients.
 
     Args:
         network: a part, as `Network.part` has it, with its weights.
         plan: of its class.
         whole: shapes of the whole network's parameters.
         mesh: of the axis `tp`.
+
+    Returns:
+        Names of parameters that are cut, and the axis of it.
     """
-    cut = set()
+    cut: dict[str, int] = {}
     for path, layer in network.named_modules():
         for name, parameter in [*layer.named_parameters(recurse=False)]:
             key = f"{path}.{name}" if path else name
@@ -99,13 +103,13 @@ def share_layers(
                 continue
             shard = DTensor.from_local(parameter.detach(), mesh, [Shard(axes[0])])
             setattr(layer, name, nn.Parameter(shard, parameter.requires_grad))
-            cut.add(key)
+            cut[key] = axes[0]
         if f"{path}.weight" in cut:
             ways = [way for pattern, way in plan.joined.items() if fnmatchcase(path, pattern)]
             source = Shard(-1) if ways == ["sum"] else Replicate()
             leave: Any = partial(_leave, bool(ways))
             distribute_module(layer, mesh, None, partial(_enter, source), leave)
-    return frozenset(cut)
+    return cut
 
 
 def _enter(source: Any, _: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> Any:
@@ -164,22 +168,13 @@ def share(
         plan: of its class; None where it is not tensor parallel.
     """
     network = module.get_submodule(name)
-    cut, parts = frozenset[str](), frozenset[str]()
+    cut, parts = dict[str, int](), frozenset[str]()
     if plan is not None and mesh["tp"].size() > 1:
         cut = share_layers(network, plan, whole, mesh["tp"])
-        names = [key for key, _ in network.named_parameters()]
-        parts = frozenset(k for k in names if any(fnmatchcase(k, one) for one in plan.partial))
+        parts = frozenset(f"{name}.{k}" for k in whole if matches(k, plan.partial))
     units: list[nn.Module] = []
     for block in network.get_submodule(blocks).children():
         texts = [m for n, m in block.named_modules() if n.startswith("cross_attention")]
         units += [*(each for each in texts if hasattr(each, "encode")), block]
     shard_weights(module, mesh["dp"], units, compute)
-    cut, parts = (frozenset(f"{name}.{key}" for key in keys) for keys in (cut, parts))
-    return Sharded(module, mesh, cut, parts)
-
-
-def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters, one at a time, in all processes."""
-    for name, parameter in module.named_parameters():
-        value = parameter.detach()
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+    return Sharded(module, mesh, {f"{name}.{key}": axis for key, axis in cut.items()}, parts)

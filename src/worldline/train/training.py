@@ -46,7 +46,7 @@ from worldline.train.optim import Cosine, Linear, Power, Rate
 from worldline.train.sharding import Sharded, share
 from worldline.train.states import States
 from worldline.weights.checkpoint import cut
-from worldline.weights.keymap import LoRARecipe
+from worldline.weights.keymap import LoRARecipe, matches
 from worldline.weights.networks import Network, shapes_of
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
     trained = sum(counts.values()) // layout.tp
     if experiment.lora.rank:
         recipe = _lora(training)
-        sides = (sum(shape) for name, shape in shapes.items() if _fits(name, recipe.targets))
+        sides = (sum(shape) for name, shape in shapes.items() if matches(name, recipe.targets))
         trained = experiment.lora.rank * sum(sides)
     grid, config, tokenizer = training.grid, opened.config, opened["tokenizer"]
     tokens = grid.tokens if not hasattr(config, "tokens") else config.tokens(grid).tokens
@@ -201,7 +201,7 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
         block=block // layout.tp,
         tokens=tokens,
         stream=config.width * itemsize,
-        inside=training.module.inside(config, itemsize) // layout.tp,
+        inside=config.saved_numbers * itemsize // layout.tp,
         loss=training.module.loss_bytes(config, tokens, itemsize),
         tokenizer=tokenizer.nbytes(compute) + 24 * pixels,
     )
@@ -210,10 +210,6 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
         again: plan_memory(sizes, layout.dp, training.dtype, average=average, checkpointed=again)
         for again in (False, True)
     }
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> int:
@@ -287,7 +283,7 @@ def _speed(training: Training, steps: float) -> dict[str, float]:
     """Clips a second of all processes, and arithmetic of each, in TFLOP/s."""
     experiment, layout = training.experiment, training.mesh.layout
     clips = steps * experiment.trainer.grad_accum_iter * experiment.data.batch_size * layout.dp
-    flops = training.module.flops(training.opened.config, training.grid)
+    flops = 3 * training.opened.config.flops(training.grid)  # two thirds are of the way back
     figures = {"clips_per_second": clips, "tflops": clips * flops / layout.count / 1e12}
     if training.device.type == "cuda":
         figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -380,10 +376,9 @@ def _check_parallel(opened: Opened, tp: int, count: int, lora: bool) -> None:
             "give 1, and processes share its weights"
         )
     if config.divisor % tp:
-        divisors = (n for n in range(1, config.divisor + 1) if config.divisor % n == 0)
         raise InputError(
             f"parallel.tensor_model_parallel_size is {tp}; {opened.name} can be shared by "
-            f"{', '.join(map(str, divisors))}"
+            f"{', '.join(map(str, config.divisors))}"
         )
 
 
@@ -503,13 +498,6 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterChec
         adapted = add_adapters(model, _lora(training), draws)
     else:
         model.requires_grad_(True)
-    parts = model.named_parameters() if mesh.layout.tp > 1 else ()
-    axes = {
-        name: axis
-        for name, parameter in parts
-        for axis, size in enumerate(parameter.shape)
-        if size != whole[name][axis]
-    }
     step = training.module.make_step(model, training.recipe, training.grid, network)
     step.to(training.device)
     if lora.rank:
@@ -530,7 +518,7 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterChec
     )
     if adapted:
         return step, sharded, _adapter_files(training, adapted)
-    return step, sharded, _checkpoints(training, step, axes)
+    return step, sharded, _checkpoints(training, step, sharded.cut)
 
 
 def _lora(training: Training) -> LoRARecipe:
@@ -666,8 +654,8 @@ class _Batches:
         return torch.cat([embedded[caption] for caption in captions])
 
 
-def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> Checkpoints:
-    """Files of checkpoints, and how tensors are named in them."""
+def _checkpoints(training: Training, step: nn.Module, axes: Mapping[str, int]) -> Checkpoints:
+    """Files of checkpoints, and how tensors are named in them; `axes` as of `Sharded.cut`."""
     network, files = training.network, training.module
     buffers = {name: tensor.cpu() for name, tensor in step.named_buffers()}
     keys = network.layouts[0] if network.layouts else network.keys  # whatever those of the source
@@ -681,7 +669,6 @@ def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> C
     chosen = [ModelFile(*each) for each in files.MODEL_FILES]
     if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
         chosen += [ModelFile(file.name, "iteration") for file in chosen]
-    cut_axes = {f"network.{name}": axis for name, axis in axes.items()}
     return Checkpoints(
         training.folder,
         tuple(file for file in chosen if averaged or file.kind != "average"),
@@ -689,5 +676,5 @@ def _checkpoints(training: Training, step: nn.Module, axes: dict[str, int]) -> C
         released,
         named,
         training.mesh.tp,
-        cut_axes,
+        axes,
     )

@@ -428,12 +428,11 @@ def layout(opened: Opened, requests: Sequence[ARRequest], count: int) -> Layout:
     """Every process holds its part of the heads, the feed-forward layers and the vocabulary."""
     config = opened.config
     if config.divisor % count:
-        possible = [str(n) for n in range(1, config.divisor + 1) if config.divisor % n == 0]
         undivided = next(name for name in SHARED if getattr(config, name) % count)
         raise InputError(
             f"{opened.name}: {count} processes cannot share {undivided} "
-            f"({getattr(config, undivided)}); give a video "
-            f"{', '.join(possible)}, or a batch a multiple with {option('data_parallel')}"
+            f"({getattr(config, undivided)}); give a video {', '.join(map(str, config.divisors))}, "
+            f"or a batch a multiple with {option('data_parallel')}"
         )
     return Layout(tp=count)
 

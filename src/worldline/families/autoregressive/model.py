@@ -67,6 +67,11 @@ class ARTransformerConfig:
         """Largest number of processes that can share the network; its divisors can, too."""
         return gcd(*(getattr(self, name) for name in SHARED))
 
+    @property
+    def divisors(self) -> list[int]:
+        """Numbers of processes that can share the network, rising."""
+        return [n for n in range(1, self.divisor + 1) if self.divisor % n == 0]
+
     def part(self, count: int) -> ARTransformerConfig:
         """What one of `count` tensor-parallel processes holds; the residual stream is whole."""
         return replace(self, **{name: getattr(self, name) // count for name in SHARED})
@@ -80,6 +85,23 @@ class ARTransformerConfig:
     def length(self) -> int:
         """Tokens of a whole clip, the leading ones included."""
         return self.leading_tokens + self.grid.tokens
+
+    @property
+    def saved_numbers(self) -> int:
+        """Numbers of a token that a layer keeps while gradients are wanted; measured in bf16."""
+        queries, keys = (n * self.head_size for n in (self.num_heads, self.num_kv_heads))
+        return 8 * self.width + 7 * queries + 3 * keys + 4 * self.hidden
+
+    def flops(self, grid: LatentShape) -> float:
+        """Operations of a forward of a clip, two for each multiplication.
+
+        A pair of tokens attends once; a text is left out.
+        """
+        tokens = self.leading_tokens + grid.tokens
+        queries, keys = (n * self.head_size for n in (self.num_heads, self.num_kv_heads))
+        layer = 2 * self.width * (queries + keys) + 3 * self.width * self.hidden
+        linear = self.depth * layer + self.width * self.vocabulary
+        return float(2 * linear * tokens + 2 * self.depth * tokens**2 * queries)
 
     @property
     def begin_token(self) -> int:

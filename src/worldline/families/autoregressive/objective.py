@@ -153,23 +153,6 @@ def released_name(keys: KeyMap, name: str) -> str:
     return keys.released(name.removeprefix("network."))
 
 
-def flops(config: ARTransformerConfig, grid: LatentShape) -> float:
-    """Operations of a clip's forward and backward; a pair of tokens attends once."""
-    tokens = config.leading_tokens + grid.tokens
-    inner = config.num_heads * config.head_size
-    keys = config.num_kv_heads * config.head_size
-    layer = 2 * config.width * (inner + keys) + 3 * config.width * config.hidden
-    linear = config.depth * layer + config.width * config.vocabulary
-    return 3.0 * (2 * linear * tokens + 2 * config.depth * tokens**2 * inner)
-
-
-def inside(config: ARTransformerConfig, itemsize: int) -> int:
-    """Bytes of a token that a block keeps for the way back, measured on small ones in bf16."""
-    queries, keys = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
-    numbers = 8 * config.width + 7 * queries + 3 * keys + 4 * config.hidden
-    return numbers * itemsize
-
-
 def loss_bytes(config: ARTransformerConfig, tokens: int, itemsize: int) -> int:
     """Bytes of the loss: the last stream, and float32 logits of the rows that exist at once."""
     return tokens * config.width * itemsize + 4 * 4 * min(tokens, _ROWS) * config.vocabulary

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.families.diffusion.model import DiT, DiTConfig, Positions
+from worldline.families.diffusion.weights import settings_of
 from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, denoising_loss, noised_latents
 from worldline.nn.pieces import encode_stream
@@ -244,16 +245,6 @@ def released_name(keys: KeyMap, name: str) -> str:
     return _UNCERTAINTY[rest] if part == "uncertainty" else keys.released(rest)
 
 
-def flops(config: DiTConfig, grid: LatentShape) -> float:
-    """Operations of a clip's forward and backward, two for each multiplication."""
-    return 3 * config.flops(grid)
-
-
-def inside(config: DiTConfig, itemsize: int) -> int:
-    """Bytes of a token that a block keeps for the way back, counted in the plain form."""
-    return config.saved_numbers * itemsize
-
-
 def loss_bytes(config: DiTConfig, tokens: int, itemsize: int) -> int:
     """Bytes of the loss: latents, noise, output and error in float32."""
     return 8 * 4 * tokens * config.latent_channels * 4
@@ -261,7 +252,7 @@ def loss_bytes(config: DiTConfig, tokens: int, itemsize: int) -> int:
 
 def settings(config: DiTConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint."""
-    return {**opened.settings, "rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}
+    return {**opened.settings, **settings_of(config)}
 
 
 @torch.no_grad()

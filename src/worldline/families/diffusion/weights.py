@@ -140,10 +140,14 @@ def layout(network: Network[DiTConfig], diffusers: bool) -> tuple[KeyMap, dict[s
     """Names of tensors, and files beside them, in NVIDIA's or diffusers' layout, if it has any."""
     config = network.config
     if not diffusers:
-        ours = {"rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}
-        return KEYS, {"config.json": ours}
+        return KEYS, {"config.json": settings_of(config)}
     network.require(base_fps=24.0, vocabulary=0)
     return DIFFUSERS_KEYS, {"config.json": diffusers_settings(config)}
+
+
+def settings_of(config: DiTConfig) -> dict[str, Any]:
+    """Content of our config.json: what the tensors leave open."""
+    return {"rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}
 
 
 def diffusers_settings(config: DiTConfig) -> dict[str, Any]:

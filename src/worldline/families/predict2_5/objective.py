@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
+from worldline.families.predict2_5.weights import settings_of
 from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
 from worldline.nn.pieces import encode_stream
@@ -164,16 +165,6 @@ def released_name(keys: KeyMap, name: str) -> str:
     return keys.released(name.removeprefix("network."))
 
 
-def flops(config: FlowDiTConfig, grid: LatentShape) -> float:
-    """Operations of a clip's forward and backward, two for each multiplication."""
-    return 3 * config.flops(grid)
-
-
-def inside(config: FlowDiTConfig, itemsize: int) -> int:
-    """Bytes of a token that a block keeps for the way back, counted in the plain form."""
-    return config.saved_numbers * itemsize
-
-
 def loss_bytes(config: FlowDiTConfig, tokens: int, itemsize: int) -> int:
     """Bytes of the loss: latents, noise, output and error in float32."""
     return 8 * 4 * tokens * config.latent_channels * 4
@@ -181,11 +172,7 @@ def loss_bytes(config: FlowDiTConfig, tokens: int, itemsize: int) -> int:
 
 def settings(config: FlowDiTConfig, opened: Opened) -> dict[str, Any]:
     """Content of config.json beside a checkpoint."""
-    return {
-        **opened.settings,
-        "rope_ratio": [*config.rope_ratio],
-        "timestep_scale": config.timestep_scale,
-    }
+    return {**opened.settings, **settings_of(config)}
 
 
 @torch.no_grad()

@@ -114,10 +114,14 @@ def layout(network: Network[FlowDiTConfig], diffusers: bool) -> tuple[KeyMap, di
     """Names of tensors, and files beside them, in NVIDIA's or diffusers' layout, if it has any."""
     config = network.config
     if not diffusers:
-        ours = {"rope_ratio": [*config.rope_ratio], "timestep_scale": config.timestep_scale}
-        return KEYS, {"config.json": ours}
+        return KEYS, {"config.json": settings_of(config)}
     network.require(timestep_scale=TIMESTEP_SCALE, exponents=None)
     return DIFFUSERS_KEYS, {"config.json": diffusers_settings(config)}
+
+
+def settings_of(config: FlowDiTConfig) -> dict[str, Any]:
+    """Content of our config.json: what the tensors leave open."""
+    return {"rope_ratio": [*config.rope_ratio], "timestep_scale": config.timestep_scale}
 
 
 def diffusers_settings(config: FlowDiTConfig) -> dict[str, Any]:
