@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,19 @@ def test_the_experiment_is_printed(
     folder = root / RUNS / AR
     assert yaml.safe_load((folder / "config.yaml").read_text()) == printed
     assert not (folder / "checkpoints").exists()
+
+
+def test_models_lie_in_the_folder_that_is_given(
+    root: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The short form asks the model for its family; a decoder that no training reads is absent."""
+    bundled, models = locate(AR, "checkpoints").named, tmp_path / "models"
+    tokenizer = "Cosmos-Tokenize1-DV8x16x16-720p"
+    shutil.copytree(bundled, models / "mine")
+    shutil.copytree(bundled.parent / tokenizer, models / tokenizer)
+    line = ["--dryrun", "--checkpoint_dir", str(models), *words("mine", videos)]
+    assert run(*line) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["job"]["group"] == "worldline"
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ def train(
             results.add(f"{name}: {line}")
         return
     given = {n: value for n, value in short.items() if value is not None and value is not False}
-    experiment = _read(words, given)
+    models = Path(check_path(checkpoint_dir))
+    experiment = _read(words, given, models)
     job.remedy = "the same command goes on from the last state"
     options = LoadOptions.parse({"device": device, "num_gpus": num_gpus})
     if (count := processes_to_start(options)) > 1:
@@ -82,7 +83,7 @@ def train(
     from worldline.train.training import prepare
     from worldline.train.training import train as run
 
-    training = prepare(experiment, device, str(check_path(checkpoint_dir)))
+    training = prepare(experiment, device, str(models))
     for line in training.describe():
         logger.info("%s", line)
     if dry_run:
@@ -97,7 +98,7 @@ def train(
         raise KeyboardInterrupt
 
 
-def _read(words: tuple[str, ...], short: dict[str, Any]) -> Experiment:
+def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experiment:
     """The experiment of a command line, and of its short form."""
     models = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
@@ -111,7 +112,7 @@ def _read(words: tuple[str, ...], short: dict[str, Any]) -> Experiment:
             given = ", ".join(f"--{name}" for name in short)
             raise InputError(f"{given}: an experiment has keys for it; write -- KEY=VALUE")
         return experiments.read(names[0], overrides)
-    return _of_model(models[0], stated, overrides)
+    return _of_model(models[0], stated, overrides, folder)
 
 
 def _sections(short: dict[str, Any]) -> dict[str, Any]:
@@ -139,12 +140,12 @@ def _sections(short: dict[str, Any]) -> dict[str, Any]:
     return stated
 
 
-def _of_model(model: str, stated: dict[str, Any], overrides: list[str]) -> Experiment:
+def _of_model(model: str, stated: dict[str, Any], overrides: list[str], folder: Path) -> Experiment:
     """Defaults of a model's family, with a rise of the learning rate as long as the run allows."""
     from worldline.locate import locate
     from worldline.opening import recognise
 
-    family = recognise(locate(model, "checkpoints")).family.name
+    family = recognise(locate(model, folder)).family.name
     if "lora" in stated:
         recipe = import_module(f"{FAMILIES[family]}.weights").LORA
         stated["lora"] = {"rank": recipe.rank, "scale": recipe.scale}

@@ -29,7 +29,7 @@ from worldline.files import check_folder, digest
 from worldline.locate import locate
 from worldline.memory import device_memory
 from worldline.nn.modulation import fused
-from worldline.opening import choose_device, open_world
+from worldline.opening import choose_device, open_world, recognise
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
 from worldline.shapes import LatentShape, VideoShape
@@ -156,7 +156,10 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     name = experiment.checkpoint.load_path or experiment.model
     if not name:
         raise InputError("model: it is missing; give a released name or a folder")
-    opened = open_world(locate(name, checkpoint_dir), {"checkpoint_dir": checkpoint_dir})
+    found = locate(name, checkpoint_dir)
+    # what a model can leave out (the decoder of its tokens), training never reads
+    options = {part.disable: True for part in recognise(found).family.parts if part.disable}
+    opened = open_world(found, {"checkpoint_dir": checkpoint_dir, **options})
     recipe = _recipe(experiment, opened)
     tp = experiment.parallel.tensor_model_parallel_size
     _check_parallel(opened, tp, world.count, experiment.lora.rank > 0)
