@@ -43,9 +43,27 @@ def matvec(x: Tensor, weights: Any, out: Tensor, **options: Any) -> Tensor:
     return out.copy_(y if residual is None else y + residual)
 
 
-def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    y = norm(x, gamma, eps)
-    return out.copy_(F.silu(F.linear(y, gate)) * F.linear(y, up))
+def gate_up(x: Tensor, weights: Any, out: Tensor, **options: Any) -> Tensor:
+    if options.get("gamma") is not None:
+        x = norm(x, options["gamma"], options["eps"])
+    return out.copy_(F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1]))
+
+
+def add_and_normalise(
+    addend: Tensor, stream: Tensor | None, gamma: Tensor, eps: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    total = addend.clone() if stream is None else addend + stream
+    if options["added"] is not None:
+        total += options["added"]
+    return total, norm(total.to(gamma.dtype), gamma, eps)
+
+
+class Prefetch:
+    def __init__(self, device: torch.device) -> None: ...
+
+    def __call__(self, *weights: Tensor) -> None: ...
+
+    def join(self) -> None: ...
 
 
 class Attend:
@@ -76,6 +94,12 @@ class Attend:
 
 
 def replace_kernels(patch: pytest.MonkeyPatch) -> None:
-    kernels = SimpleNamespace(matvec=matvec, gate_up=gate_up, Attend=Attend)
+    kernels = SimpleNamespace(
+        matvec=matvec,
+        gate_up=gate_up,
+        add_and_normalise=add_and_normalise,
+        Prefetch=Prefetch,
+        Attend=Attend,
+    )
     patch.setitem(sys.modules, "worldline.nn.decode_kernels", kernels)
     patch.setattr(worldline.nn, "decode_kernels", kernels, raising=False)

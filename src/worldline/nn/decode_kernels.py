@@ -9,6 +9,8 @@ Axes: B sequences, K head size, G query heads that share a key head.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -49,6 +51,62 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
         part = tl.load(x + row + at, at < COLUMNS, other=0.0).to(tl.float32)
         scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
         tl.store(out + row + at, _normed(part, scale, rstd).to(tl.bfloat16), at < COLUMNS)
+
+
+@triton.jit
+def _add_kernel(  # type: ignore[no-untyped-def]
+    addend,
+    addends,
+    flags,
+    turn,
+    stream,
+    added,
+    gamma,
+    total,
+    normed,
+    eps,
+    RANK: constexpr,
+    COUNT: constexpr,
+    COLUMNS: constexpr,
+    STREAM: constexpr,
+    ADDED: constexpr,
+    BLOCK: constexpr,
+):
+    row = tl.program_id(0)
+    if COUNT > 1:
+        # counts sums in this process and in the others, who may be one ahead: never reset
+        now = tl.load(turn + row) + 1
+        tl.debug_barrier()  # all threads have read it
+        for other in tl.static_range(COUNT):
+            if other != RANK:
+                flag = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + row * COUNT + RANK
+                tl.atomic_xchg(flag, now, sem="release", scope="sys")
+        own = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + row * COUNT
+        for other in tl.static_range(COUNT):
+            if other != RANK:
+                # the difference is right beyond the largest number, too
+                while tl.atomic_add(own + other, 0, sem="acquire", scope="sys") - now < 0:
+                    pass
+        tl.store(turn + row, now)
+        tl.debug_barrier()
+    at = tl.arange(0, BLOCK)
+    inside = at < COLUMNS
+    if COUNT > 1:
+        x = tl.zeros((BLOCK,), tl.float32)
+        for other in tl.static_range(COUNT):
+            place = tl.load(addends + other).to(tl.pointer_type(tl.float32))
+            place = tl.multiple_of(place, 16) + row * COLUMNS
+            x += tl.load(place + at, inside, other=0.0, cache_modifier=".cg")  # others wrote it
+    else:
+        x = tl.load(addend + row * COLUMNS + at, inside, other=0.0)
+    if STREAM:
+        x += tl.load(stream + row * COLUMNS + at, inside, other=0.0)
+    if ADDED:
+        x += tl.load(added + at, inside, other=0.0).to(tl.float32)
+    tl.store(total + row * COLUMNS + at, x, inside)
+    rstd = tl.rsqrt(tl.sum(x * x) / COLUMNS + eps)
+    scale = tl.load(gamma + at, inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * COLUMNS + at, _normed(x, scale, rstd).to(tl.bfloat16), inside)
 
 
 @triton.jit
@@ -349,6 +407,39 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(arrivals + head, 0)
 
 
+@triton.jit
+def _prefetch_kernel(  # type: ignore[no-untyped-def]
+    weight0,
+    weight1,
+    weight2,
+    rows0,
+    rows1,
+    rows2,
+    COLUMNS: constexpr,
+    LINES: constexpr,
+    BLOCK_ROWS: constexpr,
+):
+    block = tl.program_id(0)
+    weight, rows = weight0, rows0
+    if block >= tl.cdiv(rows0, BLOCK_ROWS):
+        block -= tl.cdiv(rows0, BLOCK_ROWS)
+        weight, rows = weight1, rows1
+        if block >= tl.cdiv(rows1, BLOCK_ROWS):
+            block -= tl.cdiv(rows1, BLOCK_ROWS)
+            weight, rows = weight2, rows2
+    row = tl.minimum(block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1).to(tl.int64)
+    column = tl.arange(0, LINES) * 64  # of 128 bytes
+    places = weight + row[:, None] * COLUMNS + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [places.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 # tiles of a product, of a product after a norm, and of two products at once; measured on an H200
 _NORM_WARPS = 2  # as many as the products have, so that a norm is summed as they do it themselves
 _PLAIN = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 512, "num_warps": _NORM_WARPS, "num_stages": 3}
@@ -357,6 +448,7 @@ _PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 256, "num_warps": _NORM_WARPS, "num_
 # of matrices of which GPUs hold parts: fewer rows, so that a block has more in flight
 _SMALL_PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": _NORM_WARPS, "num_stages": 4}
 _SMALL_ROWS = 8192
+_AHEAD = 16 << 20  # bytes read ahead of a product: half of what an H200's L2 keeps near
 
 
 def _padded(batch: int) -> int:
@@ -423,28 +515,125 @@ def matvec(
     return out
 
 
-def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """Write silu(gate y) * (up y), y = RMS norm of `x` (B, columns), to `out` (B, rows); bf16."""
-    batch, columns = x.shape
-    if batch > 1:
-        x = _normalise(x, gamma, eps)
-    tile = _PAIR if len(gate) > _SMALL_ROWS else _SMALL_PAIR
-    _gate_up_kernel[(triton.cdiv(gate.shape[0], tile["BLOCK_ROWS"]),)](
+def gate_up(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    out: Tensor,
+    *,
+    gamma: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Write silu(gate x) * (up x) to `out` (B, rows), bf16; two weights, others as of `matvec`."""
+    (batch, columns), rows = x.shape, len(weights[0])
+    if gamma is not None and batch > 1:
+        x, gamma = _normalise(x, gamma, eps), None
+    tile = _PAIR if rows > _SMALL_ROWS else _SMALL_PAIR
+    _gate_up_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
         x,
-        gamma,
-        gate,
-        up,
+        x if gamma is None else gamma,
+        *weights,
         out,
-        gate.shape[0],
+        rows,
         eps,
         BATCH=batch,
         COLUMNS=columns,
-        NORM=batch == 1,
+        NORM=gamma is not None,
         BLOCK_NORM=_norm_block(columns),
         PADDED=_padded(batch),
         **tile,
     )
     return out
+
+
+class Places(NamedTuple):
+    """Where GPUs that read each other's memory exchange addends; all on this one.
+
+    Attributes:
+        rank: this process.
+        addends: addresses (count,) of the addends of all processes, each (B, columns) float32.
+        flags: addresses (count,) of the flags of all processes, each (B, count) int32.
+        turn: (B,) int32, sums begun.
+    """
+
+    rank: int
+    addends: Tensor
+    flags: Tensor
+    turn: Tensor
+
+
+def add_and_normalise(
+    addend: Tensor,
+    stream: Tensor | None,
+    gamma: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    places: Places | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add an addend to the residual stream: the stream (B, columns), and its RMS norm, bf16.
+
+    Args:
+        addend: (B, columns) float32, whole; with `places`, the part of this process.
+        stream: (B, columns) float32; None at the first sum, which is the stream.
+        gamma: (columns,), weight of the norm.
+        eps: added to the mean square in the norm.
+        added: (1, columns), added to all rows, too.
+        places: of the addends of all processes, which are added in their order, so that all have
+            the same stream; each waits until all have begun the same sum.
+    """
+    batch, columns = addend.shape
+    total = torch.empty_like(addend)
+    normed = torch.empty_like(addend, dtype=gamma.dtype)
+    _add_kernel[(batch,)](
+        addend,
+        *((addend,) * 3 if places is None else places[1:]),
+        addend if stream is None else stream,
+        gamma if added is None else added,
+        gamma,
+        total,
+        normed,
+        eps,
+        RANK=0 if places is None else places.rank,
+        COUNT=1 if places is None else len(places.addends),
+        COLUMNS=columns,
+        STREAM=stream is not None,
+        ADDED=added is not None,
+        BLOCK=triton.next_power_of_2(columns),
+        num_warps=16,
+    )
+    return total, normed
+
+
+class Prefetch:
+    """Reading of the matrices of the next product into the L2 cache, beside other kernels.
+
+    It has a stream of its own, which `join` ends; a graph can hold it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, *weights: Tensor) -> None:
+        """Begin, behind what is launched, with the first columns of one, two or three matrices."""
+        rows, columns = [len(weight) for weight in weights], weights[0].shape[1]
+        lines = min(columns, _AHEAD // sum(rows) // weights[0].element_size()) // 64
+        if lines == 0:
+            return
+        lines = 1 << (lines.bit_length() - 1)
+        block_rows = max(1, 1024 // lines)
+        blocks = sum(triton.cdiv(count, block_rows) for count in rows)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            _prefetch_kernel[(blocks,)](
+                *(weights * 3)[:3],
+                *[*rows, 0, 0][:3],
+                COLUMNS=columns,
+                LINES=lines,
+                BLOCK_ROWS=block_rows,
+            )
+
+    def join(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 class Attend:

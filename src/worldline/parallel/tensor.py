@@ -6,6 +6,7 @@ reads slices of the weights, and hooks join what its layers compute. Its code kn
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from worldline.parallel.mesh import Axis, kept
 
-_ORDERED = (2, 4, 8)  # numbers of processes that torch's one-shot kernel sums in the same order
+if TYPE_CHECKING:
+    from worldline.nn.decode_kernels import Places
 
 
 @dataclass(frozen=True)
@@ -86,39 +88,59 @@ class Rehearsal(Axis):
 
 
 class SmallSum:
-    """Sum over processes of a small float32 matrix, which a CUDA graph can hold.
+    """Sum over processes of what their layers add to the residual stream of a few tokens.
 
-    On GPUs of one host that reach each other's memory, each reads all addends in one kernel (6.4 us
-    for a token, between two H200); elsewhere the sum is the axis's.
+    GPUs that reach each other's memory read all addends in the kernel that norms the stream, which
+    a CUDA graph can hold; elsewhere the axis sums them first. Two addends alternate: who has
+    begun a sum knows that the others have read all of the one before. Something that waits for all
+    must come between two passes over the layers, the first sums of which use the same addend.
 
     Attributes:
-        addend: of this process, on the device; the sum may take its place.
-        group: of processes whose memory each can read; "" without.
+        places: of the addends that take turns; None where the axis sums them.
     """
 
     def __init__(self, axis: Axis, shape: tuple[int, ...], device: torch.device) -> None:
-        self.axis, self.addend, self.group = axis, torch.empty(shape, device=device), ""
+        self.axis, self.turn = axis, 0
+        self.addends, self.places = [torch.empty(shape, device=device)], None
         if axis.device.type == "cuda":
             if (axis, shape) not in kept:
                 kept[axis, shape] = _symmetric(axis, shape)
-            self.addend, self.group = kept[axis, shape] or (self.addend, "")
+            self.addends, self.places = kept[axis, shape] or (self.addends, None)
 
-    def __call__(self, addend: Tensor) -> Tensor:
-        """The sum of what all have written to their `addend`."""
-        if self.group:
-            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(addend, "sum", self.group)
-            return total
-        return self.axis.all_reduce(addend)
+    @property
+    def addend(self) -> Tensor:
+        """Where this process writes its addend of the next sum, (B, width) float32."""
+        return self.addends[self.turn]
+
+    def begin(self) -> None:
+        """Start a pass over the layers."""
+        self.turn = 0
+
+    def __call__(
+        self, stream: Tensor | None, norm: Tensor, eps: float, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with the sum, and its norm, as `add_and_normalise` gives them."""
+        from worldline.nn import decode_kernels
+
+        addend, places = self.addend, None
+        if self.places is None:
+            addend = self.axis.all_reduce(addend)
+        else:
+            places = self.places[self.turn]
+            self.turn = 1 - self.turn
+        return decode_kernels.add_and_normalise(
+            addend, stream, norm, eps, added=added, places=places
+        )
 
 
-def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
-    """Memory that all processes of an axis read, and the name of their group; None without."""
+def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Places]] | None:
+    """Two addends of this process, and of all, in memory that all read; None without it."""
     import torch.distributed._symmetric_memory as symmetric
 
     own = torch.cuda.current_device()
     devices = {*axis.every(own)}  # one, where each process sees its GPU alone
-    near = axis.count in _ORDERED and len({*axis.every(socket.gethostname())}) == 1
-    if near := near and len(devices) == axis.count:
+    near = len({*axis.every(socket.gethostname())}) == 1 and len(devices) == axis.count
+    if near:
         near = all(torch.cuda.can_device_access_peer(own, other) for other in devices - {own})
     if axis.any(not near):
         return None
@@ -126,10 +148,20 @@ def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
     group: Any = axis.group or dist.group.WORLD
     memory: Any = None
     joined: Any = None
+    size = math.prod(shape)
     with suppress(RuntimeError):  # of drivers, containers and torch's without it
-        memory = symmetric.empty(shape, dtype=torch.float32, device=axis.device)
+        memory = symmetric.empty(2 * size + shape[0] * axis.count, device=axis.device)
+        memory.zero_()
+        torch.cuda.synchronize()
     if axis.any(memory is None):  # in the rendezvous each waits for all
         return None
     with suppress(RuntimeError):
         joined = symmetric.rendezvous(memory, group)
-    return None if axis.any(joined is None) else (memory, group.group_name)
+    if axis.any(joined is None):  # all flags are 0 once all have come here
+        return None
+    from worldline.nn.decode_kernels import Places
+
+    first = torch.tensor(joined.buffer_ptrs, device=axis.device)
+    turn = torch.zeros(shape[0], dtype=torch.int32, device=axis.device)
+    places = [Places(axis.rank, first + 4 * start, first + 8 * size, turn) for start in (0, size)]
+    return [*memory[: 2 * size].view(2, *shape)], places

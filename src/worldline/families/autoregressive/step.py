@@ -20,7 +20,7 @@ new token sees the frames before it as near as in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -183,6 +183,7 @@ class CapturedDecoder(PlainDecoder):
         config, batch, device = model.config, len(self.ids), self.ids.device
         parts = self.axis.count
         self.matvec, self.gate_up = decode_kernels.matvec, decode_kernels.gate_up
+        self.prefetch = decode_kernels.Prefetch(device)
         self.position = self.ids.new_zeros(())
         self.noise = torch.ones(batch, parts * config.vocabulary, device=device)
         self.sum = SmallSum(self.axis, (batch, config.width), device) if parts > 1 else None
@@ -223,48 +224,31 @@ class CapturedDecoder(PlainDecoder):
 
     def _read(self, tokens: Tensor) -> Tensor:
         """Logits of the tokens behind `tokens` (B,); one row a layer and clip is cached."""
-        model, matvec, (rotation, table) = self.model, self.matvec, self.positions
-        if self.sum is None:
-            x = model.embedding(tokens)
-        else:  # float32: parts are summed before they are rounded
-            x = self.sum(self.sum.addend.copy_(own_rows(model.embedding.weight, self.axis, tokens)))
-        new = partial(model.embedding.weight.new_empty, len(x))
+        model, rotation = self.model, self.positions.rotation
+        new = partial(model.embedding.weight.new_empty, len(tokens))
         mixed = new(model.config.num_heads * model.config.head_size)
         hidden = new(model.config.hidden)
+        stream = Stream(self, tokens)
 
-        def project(norm: RMSNorm, *layers: nn.Linear) -> Tensor:
-            weights = tuple(layer.weight for layer in layers)
-            out = new(sum(map(len, weights)))
-            return matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
+        def project() -> Tensor:
+            return self.matvec(stream.x, stream.weights, new(stream.rows), **stream.norm)
 
-        def add(layer: nn.Linear, y: Tensor) -> None:
-            """Add a layer's product with `y` to the residual stream."""
-            nonlocal x
-            if self.sum is None:
-                matvec(y, (layer.weight,), x, residual=x)
-            else:  # of which one part has the stream
-                residual = x if self.axis.first else None
-                x = self.sum(matvec(y, (layer.weight,), self.sum.addend, residual=residual))
-
-        def attend(layer: Attention, query: Tensor, k: Tensor, v: Tensor, **at: Any) -> None:
-            gammas = (layer.q_norm.weight, layer.k_norm.weight)
+        def attend(layer: Attention, k: Tensor, v: Tensor, **at: Any) -> None:
+            query, gammas = project(), (layer.q_norm.weight, layer.k_norm.weight)
+            self.prefetch(layer.out.weight)
             self.attend(query, gammas, layer.q_norm.eps, k, v, mixed, **at)
-            add(layer.out, mixed)
+            stream.add(layer.out, mixed)
 
-        here = None if table is None else table.index_select(0, self.position.view(1))
         layers = zip(model.layers, self.contexts, *self.cache, strict=True)
         for layer, context, keys, values in layers:
-            attention, feed_forward = layer.attention, layer.feed_forward
-            if here is not None:
-                x += here
-            qkv = project(layer.attention_norm, attention.q, attention.k, attention.v)
-            attend(attention, qkv, keys, values, rotation=rotation, position=self.position)
-            if (text := layer.cross_attention) is not None:
-                attend(text, project(layer.cross_attention_norm, text.q), *context)
-            norm, gate, up = layer.feed_forward_norm, feed_forward.gate, feed_forward.up
-            self.gate_up(x, norm.weight, norm.eps, gate.weight, up.weight, hidden)
-            add(feed_forward.down, hidden)
-        return self.axis.all_gather(project(model.norm, model.head), 1)
+            attend(layer.attention, keys, values, rotation=rotation, position=self.position)
+            if layer.cross_attention is not None:
+                attend(layer.cross_attention, *context)
+            self.gate_up(stream.x, stream.weights, hidden, **stream.norm)
+            stream.add(layer.feed_forward.down, hidden)
+        logits = project()
+        self.prefetch.join()
+        return self.axis.all_gather(logits, 1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
@@ -279,6 +263,74 @@ class CapturedDecoder(PlainDecoder):
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
         return graph
+
+
+class Stream:
+    """Residual stream (B, width) of one token a clip, and the layers that read it in turn.
+
+    On one GPU it is bf16, and products compute its norm. Where several share the model it is
+    float32, since parts are summed before they are rounded, and the sum makes its norm.
+
+    Attributes:
+        x: what the products of the layers in turn read: the stream, or its norm.
+        norm: keywords of these products, which make it its norm.
+        weights: of these layers.
+    """
+
+    x: Tensor
+    norm: Mapping[str, Any]
+    weights: tuple[Tensor, ...]
+
+    def __init__(self, decoder: CapturedDecoder, tokens: Tensor) -> None:
+        """Begin with the embeddings of tokens (B,)."""
+        self.decoder, self.sum, model = decoder, decoder.sum, decoder.model
+        table = decoder.positions.table
+        here = None if table is None else table.index_select(0, decoder.position.view(1))
+        self.readers = _readers(model, here)
+        self.total: Tensor | None = None
+        if self.sum is None:
+            self.x = model.embedding(tokens)
+        else:
+            self.sum.begin()
+            self.sum.addend.copy_(own_rows(model.embedding.weight, decoder.axis, tokens))
+        self._turn()
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.weights))
+
+    def add(self, layer: nn.Linear, y: Tensor) -> None:
+        """Add a layer's product with `y`; it is the next layers' turn."""
+        if self.sum is None:
+            self.decoder.matvec(y, (layer.weight,), self.x, residual=self.x)
+        else:
+            self.decoder.matvec(y, (layer.weight,), self.sum.addend)
+        self._turn()
+
+    def _turn(self) -> None:
+        norm, layers, added = next(self.readers)
+        self.weights = tuple(layer.weight for layer in layers)
+        if self.sum is None:
+            if added is not None:
+                self.x += added
+            self.norm = {"gamma": norm.weight, "eps": norm.eps}
+        else:
+            self.decoder.prefetch(*self.weights)
+            self.total, self.x = self.sum(self.total, norm.weight, norm.eps, added=added)
+            self.norm = {}
+
+
+def _readers(
+    model: ARTransformer, here: Tensor | None
+) -> Iterator[tuple[RMSNorm, list[nn.Linear], Tensor | None]]:
+    """Norms of the stream in turn, the layers behind each, and what is added before it."""
+    for layer in model.layers:
+        attention, text, dense = layer.attention, layer.cross_attention, layer.feed_forward
+        yield layer.attention_norm, [attention.q, attention.k, attention.v], here
+        if text is not None:
+            yield layer.cross_attention_norm, [text.q], None
+        yield layer.feed_forward_norm, [dense.gate, dense.up], None
+    yield model.norm, [model.head], None
 
 
 @contextmanager
