@@ -291,7 +291,7 @@ def main(
         clips = CLIPS if variant.startswith("batch") else 1
         with tempfile.TemporaryDirectory() as out:
             measured = run(folder, clip, flags, prompt, clips, Path(out))
-        planned = planned_bytes(folder.name, weights, flags)
+        [planned] = planned_bytes(folder.name, weights, flags)
         measured["planned_gb_of_a_clip"] = round(planned / 1e9, 3)
         result["runs"][variant] = measured
         print(variant, json.dumps(measured), flush=True)

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from worldline.locate import locate
 from worldline.nn.dit import DiTSizes
 from worldline.nn.modulation import fused
 from worldline.opening import open_world, plan
+from worldline.parallel.mesh import Axis, Mesh
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.weights.checkpoint import save
@@ -169,12 +172,30 @@ def run_command(
     return json.loads(report.read_text()), started
 
 
-def planned_bytes(name: str, root: Path, flags: Sequence[str]) -> int:
-    """Peak bytes that worldline plans for a request of a model, by these flags, in bf16."""
+def planned_bytes(name: str, root: Path, flags: Sequence[str], processes: int = 1) -> list[int]:
+    """Peak bytes that worldline plans for a request of a model, by these flags, in bf16.
+
+    Of the first process that shares the request, and of each other, if there are any.
+    """
     switches = ("--offload_", "--disable_diffusion_decoder")
-    options = {flag.removeprefix("--"): True for flag in flags if flag.startswith(switches)}
+    options: dict[str, Any] = {
+        flag.removeprefix("--"): True for flag in flags if flag.startswith(switches)
+    }
+    given = dict(pairwise(flags))
+    for option in ("context_parallel", "guidance_parallel", "fsdp"):
+        if value := given.get(f"--{option}"):
+            options[option] = value
     opened = open_world(locate(name, root), options)
+    fields = {"guidance": float(given["--guidance"])} if "--guidance" in given else {}
+    request = opened.family.request.parse({**opened.defaults, **fields})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mesh = Mesh()
+    if processes > 1:
+        layout = opened.family.layout(opened, [request], processes)
+        mesh = Mesh(layout, video=Axis(0, processes))
     compute = Compute(device, torch.bfloat16, torch.bfloat16, fused(device))
-    request = opened.family.request.parse(opened.defaults)
-    return plan(opened, [request], compute).peak(opened.options.offloaded)
+    compute = replace(compute, sharded=options.get("fsdp") == "on")
+    return [
+        plan(opened, [request], replace(compute, mesh=role)).peak(opened.options.offloaded)
+        for role in mesh.roles()
+    ]

@@ -172,7 +172,7 @@ def plan(root: Path, size: str, flags: list[str], clip: VideoShape) -> float | N
     """GB that worldline plans for with these flags; None without a GPU."""
     if not torch.cuda.is_available() or clip != CLIP:
         return None
-    return planned_bytes(_name(size), root, flags) / 1e9
+    return planned_bytes(_name(size), root, flags)[0] / 1e9
 
 
 def work(modes: tuple[str, ...], variants: tuple[str, ...]) -> dict[str, tuple[str, list[str]]]:

@@ -26,7 +26,7 @@ import diffusion_end_to_end
 import numpy as np
 import predict2_5_end_to_end
 import torch
-from full_size import COPY_RATE, GEMM_FLOPS, flops, run_command
+from full_size import COPY_RATE, GEMM_FLOPS, flops, planned_bytes, run_command
 
 from worldline.families.autoregressive.model import PRESETS as AUTOREGRESSIVE
 from worldline.families.diffusion.model import PRESETS as DIFFUSION
@@ -41,6 +41,7 @@ DENOISING = {
     "ring": [*CONTEXT, "ring"],
     "guidance": ["--guidance_parallel", "on"],
     "unguided": UNGUIDED,
+    "shared weights": ["--fsdp", "on"],
 }
 BEST = {"best": []}
 STEPS = 3
@@ -76,7 +77,9 @@ def diffusion(size: str) -> Case:
         lambda root: diffusion_end_to_end.write_weights(root, size, with_text=False),
         "in.png",
         ("--disable_guardrail", "--disable_prompt_upsampler", "--num_steps", str(STEPS)),
-        DENOISING if size == "7B" else BEST,
+        {**DENOISING, "offloaded": ["--offload_diffusion_transformer", "--offload_tokenizer"]}
+        if size == "7B"
+        else BEST,
         bound,
     )
 
@@ -89,7 +92,9 @@ def flow(size: str) -> Case:
         lambda root: predict2_5_end_to_end.write_weights(root, size, with_text=False),
         "in.png",
         ("--disable_guardrails", "--num_steps", str(STEPS)),
-        DENOISING if size == "2B" else BEST,
+        {**DENOISING, "offloaded": ["--offload_diffusion_model", "--offload_tokenizer"]}
+        if size == "2B"
+        else BEST,
         flops(FLOW[size], grid) / GEMM_FLOPS,
     )
 
@@ -100,7 +105,7 @@ def autoregressive(size: str, decoder: bool = False) -> Case:
         lambda root: ar_end_to_end.write_weights(root, size, with_text=False),
         "in.mp4",
         ("--disable_guardrail", *(() if decoder else ("--disable_diffusion_decoder",))),
-        BEST,
+        {**BEST, "offloaded": ["--offload_ar_model", "--offload_tokenizer"]},
         ar_end_to_end.step_bytes(AUTOREGRESSIVE[size]) / COPY_RATE,
         embedded=False,
     )
@@ -128,7 +133,9 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def run(case: Case, root: Path, flags: list[str], kept: Path, first: Path) -> dict[str, Any]:
+def run(
+    case: Case, root: Path, flags: list[str], processes: int, kept: Path, first: Path
+) -> dict[str, Any]:
     """Figures of one run; its frames are compared with those of the first, and kept."""
     words = ["generate", case.world, str(root / case.input), "--checkpoint_dir", str(root)]
     words += ["--lossless", *case.flags, *flags]
@@ -140,13 +147,15 @@ def run(case: Case, root: Path, flags: list[str], kept: Path, first: Path) -> di
         seconds = time.time() - started
         frames = read_video(output).frames
     np.save(kept, frames)
+    planned = planned_bytes(case.world, root, [*case.flags, *flags], processes)
     stages = {stage["name"]: stage["seconds"] for stage in report["run"]["stages"]}
     result = {
         "flags": flags,
         "process_seconds": round(seconds, 1),
         "stages": stages,
         "attention": report["attention"],
-        "peak_gb": report["run"]["peak_gb"],
+        "peaks_gb": report.get("peaks_gb") or [report["run"]["peak_gb"]],
+        "planned_gb": [round(need / 1e9, 1) for need in planned],
         "frames_sha256": report["frames_sha256"],
     }
     if "tokens" in stages:
@@ -202,7 +211,9 @@ def main(
             if chosen and way not in (*chosen, "one"):
                 continue
             base = "one, unguided" if "unguided" in way else "one"
-            figures = run(case, weights, flags, weights / f"{way}.npy", weights / f"{base}.npy")
+            names_of = (weights / f"{name}.npy" for name in (way, base))
+            processes = 1 if way.startswith("one") else gpus
+            figures = run(case, weights, flags, processes, *names_of)
             for figure in ("seconds_a_step", "ms_a_token"):
                 if way != base and figure in figures:
                     figures["times"] = round(runs[base][figure] / figures[figure], 3)
