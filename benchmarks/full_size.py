@@ -28,7 +28,7 @@ from worldline.locate import locate
 from worldline.nn.dit import DiTSizes
 from worldline.nn.modulation import fused
 from worldline.opening import open_world, plan
-from worldline.parallel.mesh import Axis, Mesh
+from worldline.parallel.mesh import Mesh, plan_mesh
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.weights.checkpoint import save
@@ -192,7 +192,7 @@ def planned_bytes(name: str, root: Path, flags: Sequence[str], processes: int = 
     mesh = Mesh()
     if processes > 1:
         layout = opened.family.layout(opened, [request], processes)
-        mesh = Mesh(layout, video=Axis(0, processes))
+        mesh = plan_mesh(layout)
     compute = Compute(device, torch.bfloat16, torch.bfloat16, fused(device))
     compute = replace(compute, sharded=options.get("fsdp") == "on")
     return [

@@ -137,7 +137,7 @@ def _shared_steps(axis: Axis, folder: Path, clips: int) -> tuple[Any, Any, bool]
     noise = draw_noise(range(clips), config.vocabulary, count, tokens.device)
     drawn = finish(decode(decoder, tokens[:, :PROMPT], count, noise))
     assert decoder.sum is not None
-    return logits.cpu(), drawn.cpu(), bool(decoder.sum.group)
+    return logits.cpu(), drawn.cpu(), decoder.sum.places is not None
 
 
 @pytest.mark.multigpu
