@@ -107,10 +107,7 @@ def main(models: tuple[str, ...], commit: str, output: Path) -> None:
             with ahead(megabytes):
                 found[f"{megabytes} MB ahead"] = replay(model, axis)["ms"]
         if axis.count > 1:
-            with (
-                patch.object(tensor, "kept", {}),
-                patch.object(tensor, "_symmetric", lambda *_: None),
-            ):
+            with patch.multiple(tensor, kept={}, _symmetric=lambda *_: None):
                 found["NCCL"] = replay(model, axis)["ms"]
         del model
         torch.cuda.empty_cache()

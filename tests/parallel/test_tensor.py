@@ -347,14 +347,17 @@ def share_memory(world: Axis, failing: str, devices: tuple[int, int]) -> tuple[b
     """Whether GPUs of two processes, of which one may fail, share memory; this one's calls."""
     calls: list[str] = []
 
-    def call(name: str, *_: Any, **__: Any) -> object:
+    def call(name: str, *_: Any, **__: Any) -> Any:
         calls.append(name)
         if failing == f"{name} {world.rank}":
             raise RuntimeError("no such driver")
-        return calls
+        memory = torch.ones(8)
+        setattr(memory, "buffer_ptrs", [0, 1 << 20])  # noqa: B010
+        return memory
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: devices[world.rank])
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(torch.cuda, "can_device_access_peer", lambda *_: failing != "peer")
         for name in ("empty", "rendezvous"):
             patch.setattr(symmetric, name, partial(call, name))

@@ -9,8 +9,6 @@ Axes: B sequences, K head size, G query heads that share a key head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -545,22 +543,6 @@ def gate_up(
     return out
 
 
-class Places(NamedTuple):
-    """Where GPUs that read each other's memory exchange addends; all on this one.
-
-    Attributes:
-        rank: this process.
-        addends: addresses (count,) of the addends of all processes, each (B, columns) float32.
-        flags: addresses (count,) of the flags of all processes, each (B, count) int32.
-        turn: (B,) int32, sums begun.
-    """
-
-    rank: int
-    addends: Tensor
-    flags: Tensor
-    turn: Tensor
-
-
 def add_and_normalise(
     addend: Tensor,
     stream: Tensor | None,
@@ -568,7 +550,7 @@ def add_and_normalise(
     eps: float,
     *,
     added: Tensor | None = None,
-    places: Places | None = None,
+    places: tuple[int, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add an addend to the residual stream: the stream (B, columns), and its RMS norm, bf16.
 
@@ -578,8 +560,8 @@ def add_and_normalise(
         gamma: (columns,), weight of the norm.
         eps: added to the mean square in the norm.
         added: (1, columns), added to all rows, too.
-        places: of the addends of all processes, which are added in their order, so that all have
-            the same stream; each waits until all have begun the same sum.
+        places: of the addends of all processes (`parallel.tensor.Places`), which are added in
+            their order, so that all have the same stream; each waits until all have begun the sum.
     """
     batch, columns = addend.shape
     total = torch.empty_like(addend)
@@ -593,8 +575,8 @@ def add_and_normalise(
         total,
         normed,
         eps,
-        RANK=0 if places is None else places.rank,
-        COUNT=1 if places is None else len(places.addends),
+        RANK=0 if places is None else places[0],
+        COUNT=1 if places is None else len(places[1]),
         COLUMNS=columns,
         STREAM=stream is not None,
         ADDED=added is not None,

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.parallel.mesh import Axis, kept
-
-if TYPE_CHECKING:
-    from worldline.nn.decode_kernels import Places
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,22 @@ class Rehearsal(Axis):
 
     def share(self, x: Tensor) -> Tensor:
         return x
+
+
+class Places(NamedTuple):
+    """Where GPUs that read each other's memory exchange addends; tensors of this one.
+
+    Attributes:
+        rank: this process.
+        addends: addresses (count,) int64 of the addends of all, each (B, width) float32.
+        flags: addresses (count,) int64 of the flags of all, each (B, count) int32.
+        turn: (B,) int32, sums begun.
+    """
+
+    rank: int
+    addends: Tensor
+    flags: Tensor
+    turn: Tensor
 
 
 class SmallSum:
@@ -159,8 +172,6 @@ def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[list[Tensor], list[P
         joined = symmetric.rendezvous(memory, group)
     if axis.any(joined is None):  # all flags are 0 once all have come here
         return None
-    from worldline.nn.decode_kernels import Places
-
     first = torch.tensor(joined.buffer_ptrs, device=axis.device)
     turn = torch.zeros(shape[0], dtype=torch.int32, device=axis.device)
     places = [Places(axis.rank, first + 4 * start, first + 8 * size, turn) for start in (0, size)]
