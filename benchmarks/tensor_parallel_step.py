@@ -3,17 +3,14 @@
     torchrun --standalone --nproc_per_node=2 benchmarks/tensor_parallel_step.py --model 4B \
         --model 12B --output benchmarks/results/tensor_parallel_step.json
 
-Each variant replays the step after a prompt of 5,120 tokens: as it is; by NCCL in place of memory
-that all GPUs read; without reading weights ahead, and with other amounts of it. With
-`--nproc_per_node=1` it is the step of one GPU.
+The step is replayed after a prompt of 5,120 tokens: as it is, and by NCCL in place of memory that
+all GPUs reach. With `--nproc_per_node=1` it is the step of one GPU.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +29,6 @@ from worldline.report import environment
 from worldline.sampling.tokens import Sampling
 
 PROMPT, WARM, STEPS, PROFILED = 5120, 5, 200, 3
-AHEAD = [0, 4, 8, 16, 24, 32]  # MB
 
 
 def build(size: str, axis: Axis) -> ARTransformer:
@@ -50,12 +46,6 @@ def step_bytes(model: ARTransformer) -> int:
     weights = sum(value.nbytes for value in model.parameters()) - model.embedding.weight.nbytes
     keys = PROMPT + WARM + STEPS // 2
     return weights + 4 * config.depth * config.num_kv_heads * config.head_size * keys
-
-
-@contextmanager
-def ahead(megabytes: int) -> Iterator[None]:
-    with patch("worldline.nn.decode_kernels._AHEAD", megabytes << 20):
-        yield
 
 
 def replay(model: ARTransformer, axis: Axis, kernels: bool = False) -> dict[str, Any]:
@@ -103,9 +93,6 @@ def main(models: tuple[str, ...], commit: str, output: Path) -> None:
         model = build(name, axis)
         found = result[name] = {"bound_ms": round(step_bytes(model) / COPY_RATE * 1e3, 4)}
         found["as it is"] = replay(model, axis, kernels=True)
-        for megabytes in AHEAD:
-            with ahead(megabytes):
-                found[f"{megabytes} MB ahead"] = replay(model, axis)["ms"]
         if axis.count > 1:
             with patch.multiple(tensor, kept={}, _symmetric=lambda *_: None):
                 found["NCCL"] = replay(model, axis)["ms"]

@@ -50,20 +50,12 @@ def gate_up(x: Tensor, weights: Any, out: Tensor, **options: Any) -> Tensor:
 
 
 def add_and_normalise(
-    addend: Tensor, stream: Tensor | None, gamma: Tensor, eps: float, **options: Any
+    addends: Tensor, stream: Tensor | None, gamma: Tensor, eps: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    total = addend.clone() if stream is None else addend + stream
+    total = addends.sum(0) if stream is None else addends.sum(0) + stream
     if options["added"] is not None:
         total += options["added"]
     return total, norm(total.to(gamma.dtype), gamma, eps)
-
-
-class Prefetch:
-    def __init__(self, device: torch.device) -> None: ...
-
-    def __call__(self, *weights: Tensor) -> None: ...
-
-    def join(self) -> None: ...
 
 
 class Attend:
@@ -98,7 +90,6 @@ def replace_kernels(patch: pytest.MonkeyPatch) -> None:
         matvec=matvec,
         gate_up=gate_up,
         add_and_normalise=add_and_normalise,
-        Prefetch=Prefetch,
         Attend=Attend,
     )
     patch.setitem(sys.modules, "worldline.nn.decode_kernels", kernels)

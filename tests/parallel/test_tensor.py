@@ -347,13 +347,16 @@ def share_memory(world: Axis, failing: str, devices: tuple[int, int]) -> tuple[b
     """Whether GPUs of two processes, of which one may fail, share memory; this one's calls."""
     calls: list[str] = []
 
+    def peer(_: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.ones(sizes, dtype=dtype)
+
     def call(name: str, *_: Any, **__: Any) -> Any:
         calls.append(name)
         if failing == f"{name} {world.rank}":
             raise RuntimeError("no such driver")
-        memory = torch.ones(8)
-        setattr(memory, "buffer_ptrs", [0, 1 << 20])  # noqa: B010
-        return memory
+        if name == "rendezvous":
+            return SimpleNamespace(buffer_ptrs=[0, 1 << 20], get_buffer=peer)
+        return torch.ones(2 * 2 * 3 + 2)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: devices[world.rank])

@@ -17,7 +17,8 @@ from triton.language import constexpr
 
 _BLOCK, _WARPS, _STAGES = 64, 4, 3
 _SPLITS = 16  # programs a key head: with 8 key heads about one wave of an H200's 132 processors
-_MOST_SPLITS = 64  # whose results one program joins
+_MOST_SPLITS = 64  # whose results one program joins,
+_CHUNK = 8  # so many at once, as registers allow
 
 
 @triton.jit
@@ -53,7 +54,6 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_kernel(  # type: ignore[no-untyped-def]
-    addend,
     addends,
     flags,
     turn,
@@ -71,7 +71,7 @@ def _add_kernel(  # type: ignore[no-untyped-def]
     BLOCK: constexpr,
 ):
     row = tl.program_id(0)
-    if COUNT > 1:
+    if RANK >= 0:
         # counts sums in this process and in the others, who may be one ahead: never reset
         now = tl.load(turn + row) + 1
         tl.debug_barrier()  # all threads have read it
@@ -89,14 +89,10 @@ def _add_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
     at = tl.arange(0, BLOCK)
     inside = at < COLUMNS
-    if COUNT > 1:
-        x = tl.zeros((BLOCK,), tl.float32)
-        for other in tl.static_range(COUNT):
-            place = tl.load(addends + other).to(tl.pointer_type(tl.float32))
-            place = tl.multiple_of(place, 16) + row * COLUMNS
-            x += tl.load(place + at, inside, other=0.0, cache_modifier=".cg")  # others wrote it
-    else:
-        x = tl.load(addend + row * COLUMNS + at, inside, other=0.0)
+    x = tl.zeros((BLOCK,), tl.float32)
+    for process in tl.static_range(COUNT):  # .cg since others wrote it
+        place = addends + (process * tl.num_programs(0) + row) * COLUMNS
+        x += tl.load(place + at, inside, other=0.0, cache_modifier=".cg")
     if STREAM:
         x += tl.load(stream + row * COLUMNS + at, inside, other=0.0)
     if ADDED:
@@ -145,25 +141,41 @@ def _columns_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _matvec_rows(  # type: ignore[no-untyped-def]
+def _matvec_kernel(  # type: ignore[no-untyped-def]
     x,
     gamma,
-    weight,
+    weight0,
+    weight1,
+    weight2,
     residual,
     out,
-    block,
-    rows,
-    stride,
+    others,
+    rows0,
+    rows1,
+    rows2,
     eps,
     BATCH: constexpr,
     COLUMNS: constexpr,
     NORM: constexpr,
     RESIDUAL: constexpr,
+    OTHERS: constexpr,
     BLOCK_ROWS: constexpr,
     BLOCK_COLUMNS: constexpr,
     BLOCK_NORM: constexpr,
     PADDED: constexpr,
 ):
+    block = tl.program_id(0)
+    blocks0 = tl.cdiv(rows0, BLOCK_ROWS)
+    blocks01 = blocks0 + tl.cdiv(rows1, BLOCK_ROWS)
+    stride = rows0 + rows1 + rows2
+    is_second = block >= blocks0
+    is_third = block >= blocks01
+    # after an `if` a pointer's alignment would be unknown, and with it the 16-byte loads
+    weight = tl.where(is_third, weight2, tl.where(is_second, weight1, weight0))
+    rows = tl.where(is_third, rows2, tl.where(is_second, rows1, rows0))
+    out += tl.where(is_third, rows0 + rows1, tl.where(is_second, rows0, 0))
+    block -= tl.where(is_third, blocks01, tl.where(is_second, blocks0, 0))
+
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     read = tl.minimum(row, rows - 1)
     rstd = 1.0
@@ -182,59 +194,9 @@ def _matvec_rows(  # type: ignore[no-untyped-def]
         before = tl.load(residual + at, there, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) + before).to(out.dtype.element_ty)
     tl.store(out + at, y, there)
-
-
-@triton.jit
-def _matvec_kernel(  # type: ignore[no-untyped-def]
-    x,
-    gamma,
-    weight0,
-    weight1,
-    weight2,
-    residual,
-    out,
-    rows0,
-    rows1,
-    rows2,
-    eps,
-    BATCH: constexpr,
-    COLUMNS: constexpr,
-    WEIGHTS: constexpr,
-    NORM: constexpr,
-    RESIDUAL: constexpr,
-    BLOCK_ROWS: constexpr,
-    BLOCK_COLUMNS: constexpr,
-    BLOCK_NORM: constexpr,
-    PADDED: constexpr,
-):
-    block = tl.program_id(0)
-    # one branch a matrix: a pointer chosen at run time would lose its alignment, and with it the
-    # 16-byte loads
-    if WEIGHTS == 1:
-        _matvec_rows(
-            x, gamma, weight0, residual, out, block, rows0, rows0, eps, BATCH, COLUMNS, NORM,
-            RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM, PADDED,
-        )  # fmt: skip
-    else:
-        blocks0 = tl.cdiv(rows0, BLOCK_ROWS)
-        blocks1 = tl.cdiv(rows1, BLOCK_ROWS)
-        rows = rows0 + rows1 + rows2
-        if block < blocks0:
-            _matvec_rows(
-                x, gamma, weight0, residual, out, block, rows0, rows, eps, BATCH, COLUMNS, NORM,
-                RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM, PADDED,
-            )  # fmt: skip
-        elif block < blocks0 + blocks1:
-            _matvec_rows(
-                x, gamma, weight1, residual, out + rows0, block - blocks0, rows1, rows, eps, BATCH,
-                COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM, PADDED,
-            )  # fmt: skip
-        else:
-            _matvec_rows(
-                x, gamma, weight2, residual, out + rows0 + rows1, block - blocks0 - blocks1, rows2,
-                rows, eps, BATCH, COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM,
-                PADDED,
-            )  # fmt: skip
+    for other in tl.static_range(OTHERS):
+        place = tl.load(others + other).to(tl.pointer_type(out.dtype.element_ty))
+        tl.store(place + at, y, there)
 
 
 @triton.jit
@@ -305,6 +267,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     GROUP: constexpr,
     PADDED: constexpr,
     SPLITS: constexpr,
+    JOINED: constexpr,
+    CHUNK: constexpr,
     BLOCK: constexpr,
     OWN: constexpr,
 ):
@@ -393,49 +357,23 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     # the last program of a head to arrive joins the parts; .cg since others wrote them
     if tl.atomic_add(arrivals + head, 1, sem="acq_rel") == SPLITS - 1:
         tl.debug_barrier()
-        part_number = tl.arange(0, SPLITS)
-        for query in tl.static_range(GROUP):
-            base = (head * GROUP + query) * SPLITS + part_number
-            tops = tl.load(stats + base * 2, cache_modifier=".cg")
-            totals = tl.load(stats + base * 2 + 1, cache_modifier=".cg")
-            factors = tl.exp(tops - tl.max(tops))
-            parts = tl.load(partial + base[:, None] * K + wide[None, :], cache_modifier=".cg")
-            y = tl.sum(parts * factors[:, None], 0) / tl.sum(totals * factors)
-            tl.store(out + (head * GROUP + query) * K + wide, y.to(tl.bfloat16))
+        query = head * GROUP + tl.arange(0, JOINED)
+        there = query < (head + 1) * GROUP
+        every = query[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+        tops = tl.load(stats + every * 2, there[:, None], other=0.0, cache_modifier=".cg")
+        sums = tl.load(stats + every * 2 + 1, there[:, None], other=1.0, cache_modifier=".cg")
+        top = tl.max(tops, 1)[:, None]
+        whole = tl.sum(sums * tl.exp(tops - top), 1)
+        y = tl.zeros((JOINED, CHUNK, K), tl.float32)
+        for first in tl.static_range(0, SPLITS, CHUNK):
+            some = query[:, None] * SPLITS + first + tl.arange(0, CHUNK)[None, :]
+            stat = tl.load(stats + some * 2, there[:, None], other=0.0, cache_modifier=".cg")
+            places = partial + some[:, :, None] * K + wide[None, None, :]
+            part = tl.load(places, there[:, None, None], other=0.0, cache_modifier=".cg")
+            y += part * tl.exp(stat - top)[:, :, None]
+        joined = (tl.sum(y, 1) / whole[:, None]).to(tl.bfloat16)
+        tl.store(out + query[:, None] * K + wide[None, :], joined, there[:, None])
         tl.store(arrivals + head, 0)
-
-
-@triton.jit
-def _prefetch_kernel(  # type: ignore[no-untyped-def]
-    weight0,
-    weight1,
-    weight2,
-    rows0,
-    rows1,
-    rows2,
-    COLUMNS: constexpr,
-    LINES: constexpr,
-    BLOCK_ROWS: constexpr,
-):
-    block = tl.program_id(0)
-    weight, rows = weight0, rows0
-    if block >= tl.cdiv(rows0, BLOCK_ROWS):
-        block -= tl.cdiv(rows0, BLOCK_ROWS)
-        weight, rows = weight1, rows1
-        if block >= tl.cdiv(rows1, BLOCK_ROWS):
-            block -= tl.cdiv(rows1, BLOCK_ROWS)
-            weight, rows = weight2, rows2
-    row = tl.minimum(block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1).to(tl.int64)
-    column = tl.arange(0, LINES) * 64  # of 128 bytes
-    places = weight + row[:, None] * COLUMNS + column[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [places.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 # tiles of a product, of a product after a norm, and of two products at once; measured on an H200
@@ -446,7 +384,6 @@ _PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 256, "num_warps": _NORM_WARPS, "num_
 # of matrices of which GPUs hold parts: fewer rows, so that a block has more in flight
 _SMALL_PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": _NORM_WARPS, "num_stages": 4}
 _SMALL_ROWS = 8192
-_AHEAD = 16 << 20  # bytes read ahead of a product: half of what an H200's L2 keeps near
 
 
 def _padded(batch: int) -> int:
@@ -476,6 +413,7 @@ def matvec(
     gamma: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
+    others: Tensor | None = None,
 ) -> Tensor:
     """Write the products of one or three bf16 matrices with `x` to `out`, one after another.
 
@@ -486,6 +424,7 @@ def matvec(
         gamma: (columns,), weight of an RMS norm of x; None for no norm.
         eps: added to the mean square in that norm.
         residual: (B, rows) in the dtype of `out`, added to the product of one matrix; may be `out`.
+        others: (n,) int64, addresses to which the product of one matrix is written, too.
     """
     batch, columns = x.shape
     rows = [weight.shape[0] for weight in weights] + [0, 0]
@@ -499,13 +438,14 @@ def matvec(
         *(weights * 3)[:3],
         x if residual is None else residual,
         out,
+        out if others is None else others,
         *rows[:3],
         eps,
         BATCH=batch,
         COLUMNS=columns,
-        WEIGHTS=len(weights),
         NORM=gamma is not None,
         RESIDUAL=residual is not None,
+        OTHERS=0 if others is None else len(others),
         BLOCK_NORM=_norm_block(columns),
         PADDED=_padded(batch),
         **tile,
@@ -544,39 +484,40 @@ def gate_up(
 
 
 def add_and_normalise(
-    addend: Tensor,
+    addends: Tensor,
     stream: Tensor | None,
     gamma: Tensor,
     eps: float,
     *,
     added: Tensor | None = None,
-    places: tuple[int, Tensor, Tensor, Tensor] | None = None,
+    flags: tuple[int, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add an addend to the residual stream: the stream (B, columns), and its RMS norm, bf16.
+    """Add addends to the residual stream: the stream (B, columns), and its RMS norm, bf16.
 
     Args:
-        addend: (B, columns) float32, whole; with `places`, the part of this process.
+        addends: (n, B, columns) float32, added in this order, so that all have the same stream.
         stream: (B, columns) float32; None at the first sum, which is the stream.
         gamma: (columns,), weight of the norm.
         eps: added to the mean square in the norm.
         added: (1, columns), added to all rows, too.
-        places: of the addends of all processes (`parallel.tensor.Places`), which are added in
-            their order, so that all have the same stream; each waits until all have begun the sum.
+        flags: where n processes write each other's addends: number of this one, addresses (n,)
+            int64 of the flags (B, n) int32 of all, and sums begun (B,) int32. Each waits until all
+            have begun the sum.
     """
-    batch, columns = addend.shape
-    total = torch.empty_like(addend)
-    normed = torch.empty_like(addend, dtype=gamma.dtype)
+    count, batch, columns = addends.shape
+    total = torch.empty_like(addends[0])
+    normed = torch.empty_like(total, dtype=gamma.dtype)
     _add_kernel[(batch,)](
-        addend,
-        *((addend,) * 3 if places is None else places[1:]),
-        addend if stream is None else stream,
+        addends,
+        *((addends,) * 2 if flags is None else flags[1:]),
+        total if stream is None else stream,
         gamma if added is None else added,
         gamma,
         total,
         normed,
         eps,
-        RANK=0 if places is None else places[0],
-        COUNT=1 if places is None else len(places[1]),
+        RANK=-1 if flags is None else flags[0],
+        COUNT=count,
         COLUMNS=columns,
         STREAM=stream is not None,
         ADDED=added is not None,
@@ -584,38 +525,6 @@ def add_and_normalise(
         num_warps=16,
     )
     return total, normed
-
-
-class Prefetch:
-    """Reading of the matrices of the next product into the L2 cache, beside other kernels.
-
-    It has a stream of its own, which `join` ends; a graph can hold it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-
-    def __call__(self, *weights: Tensor) -> None:
-        """Begin, behind what is launched, with the first columns of one, two or three matrices."""
-        rows, columns = [len(weight) for weight in weights], weights[0].shape[1]
-        lines = min(columns, _AHEAD // sum(rows) // weights[0].element_size()) // 64
-        if lines == 0:
-            return
-        lines = 1 << (lines.bit_length() - 1)
-        block_rows = max(1, 1024 // lines)
-        blocks = sum(triton.cdiv(count, block_rows) for count in rows)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            _prefetch_kernel[(blocks,)](
-                *(weights * 3)[:3],
-                *[*rows, 0, 0][:3],
-                COLUMNS=columns,
-                LINES=lines,
-                BLOCK_ROWS=block_rows,
-            )
-
-    def join(self) -> None:
-        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 class Attend:
@@ -692,6 +601,8 @@ class Attend:
             GROUP=group,
             PADDED=max(16, triton.next_power_of_2(group)),
             SPLITS=self.splits,
+            JOINED=triton.next_power_of_2(group),
+            CHUNK=min(self.splits, _CHUNK),
             BLOCK=_BLOCK,
             OWN=position is not None,
             num_warps=_WARPS,

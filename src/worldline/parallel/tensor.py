@@ -85,45 +85,59 @@ class Rehearsal(Axis):
 
 
 class Places(NamedTuple):
-    """Where GPUs that read each other's memory exchange addends; tensors of this one.
+    """Where GPUs that write to each other's memory exchange addends.
 
     Attributes:
-        rank: this process.
-        addends: addresses (count,) int64 of the addends of all, each (B, width) float32.
-        flags: addresses (count,) int64 of the flags of all, each (B, count) int32.
-        turn: (B,) int32, sums begun.
+        addends: (count, B, width) float32, of all processes, in this one's memory.
+        elsewhere: places (B, width) of this process's addend in the memory of the others.
+        addresses: (count - 1,) int64, of these.
+        flags: number of this process, and what `add_and_normalise` needs to wait for all.
     """
 
-    rank: int
     addends: Tensor
-    flags: Tensor
-    turn: Tensor
+    elsewhere: list[Tensor]
+    addresses: Tensor
+    flags: tuple[int, Tensor, Tensor]
 
 
 class SmallSum:
     """Sum over processes of what their layers add to the residual stream of a few tokens.
 
-    GPUs that reach each other's memory read all addends in the kernel that norms the stream, which
-    a CUDA graph can hold; elsewhere the axis sums them first. Two addends alternate: who has
-    begun a sum knows that the others have read all of the one before. Something that waits for all
-    must come between two passes over the layers, the first sums of which use the same addend.
+    On GPUs that reach each other's memory, products are written to all of them, and the kernel that
+    norms the stream adds them; a CUDA graph can hold both. Elsewhere the axis sums. Two places of
+    an addend alternate: who has begun a sum knows that the others have read all of the one before.
+    Something that waits for all must come between two passes over the layers, the first sums of
+    which use the same place.
 
     Attributes:
-        places: of the addends that take turns; None where the axis sums them.
+        places: that take turns; None where the axis sums.
     """
 
     def __init__(self, axis: Axis, shape: tuple[int, ...], device: torch.device) -> None:
         self.axis, self.turn = axis, 0
-        self.addends, self.places = [torch.empty(shape, device=device)], None
+        self.places: list[Places] | None = None
         if axis.device.type == "cuda":
             if (axis, shape) not in kept:
                 kept[axis, shape] = _symmetric(axis, shape)
-            self.addends, self.places = kept[axis, shape] or (self.addends, None)
+            self.places = kept[axis, shape]
+        self.own = torch.empty(shape, device=device)
 
     @property
     def addend(self) -> Tensor:
         """Where this process writes its addend of the next sum, (B, width) float32."""
-        return self.addends[self.turn]
+        if self.places is None:
+            return self.own
+        return self.places[self.turn].addends[self.axis.rank]
+
+    @property
+    def others(self) -> Tensor | None:
+        """Addresses where it is written, too."""
+        return None if self.places is None else self.places[self.turn].addresses
+
+    def write(self, addend: Tensor) -> None:
+        """Give an addend as it is."""
+        for place in (self.addend, *(self.places[self.turn].elsewhere if self.places else ())):
+            place.copy_(addend)
 
     def begin(self) -> None:
         """Start a pass over the layers."""
@@ -135,19 +149,18 @@ class SmallSum:
         """The stream with the sum, and its norm, as `add_and_normalise` gives them."""
         from worldline.nn import decode_kernels
 
-        addend, places = self.addend, None
         if self.places is None:
-            addend = self.axis.all_reduce(addend)
+            addends, flags = self.axis.all_reduce(self.own)[None], None
         else:
-            places = self.places[self.turn]
+            addends, _, _, flags = self.places[self.turn]
             self.turn = 1 - self.turn
         return decode_kernels.add_and_normalise(
-            addend, stream, norm, eps, added=added, places=places
+            addends, stream, norm, eps, added=added, flags=flags
         )
 
 
-def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Places]] | None:
-    """Two addends of this process, and of all, in memory that all read; None without it."""
+def _symmetric(axis: Axis, shape: tuple[int, ...]) -> list[Places] | None:
+    """Two places for a sum's addends in memory that all GPUs reach; None without it."""
     import torch.distributed._symmetric_memory as symmetric
 
     own = torch.cuda.current_device()
@@ -161,9 +174,9 @@ def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[list[Tensor], list[P
     group: Any = axis.group or dist.group.WORLD
     memory: Any = None
     joined: Any = None
-    size = math.prod(shape)
+    sizes, rank = (2, axis.count, *shape), axis.rank  # turns, processes, and of an addend
     with suppress(RuntimeError):  # of drivers, containers and torch's without it
-        memory = symmetric.empty(2 * size + shape[0] * axis.count, device=axis.device)
+        memory = symmetric.empty(math.prod(sizes) + shape[0] * axis.count, device=axis.device)
         memory.zero_()
         torch.cuda.synchronize()
     if axis.any(memory is None):  # in the rendezvous each waits for all
@@ -172,7 +185,18 @@ def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[list[Tensor], list[P
         joined = symmetric.rendezvous(memory, group)
     if axis.any(joined is None):  # all flags are 0 once all have come here
         return None
-    first = torch.tensor(joined.buffer_ptrs, device=axis.device)
-    turn = torch.zeros(shape[0], dtype=torch.int32, device=axis.device)
-    places = [Places(axis.rank, first + 4 * start, first + 8 * size, turn) for start in (0, size)]
-    return [*memory[: 2 * size].view(2, *shape)], places
+    # a handle's own tensor would not keep the memory
+    every = [
+        memory[: math.prod(sizes)].view(sizes)
+        if other == rank
+        else joined.get_buffer(other, sizes, torch.float32)
+        for other in range(axis.count)
+    ]
+    flags = torch.tensor(joined.buffer_ptrs, device=axis.device) + 4 * math.prod(sizes)
+    begun = torch.zeros(shape[0], dtype=torch.int32, device=axis.device)
+    places = []
+    for turn in range(2):
+        elsewhere = [memory[turn, rank] for memory in every if memory is not every[rank]]
+        addresses = torch.tensor([x.data_ptr() for x in elsewhere], device=axis.device)
+        places.append(Places(every[rank][turn], elsewhere, addresses, (rank, flags, begun)))
+    return places

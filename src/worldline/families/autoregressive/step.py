@@ -183,7 +183,6 @@ class CapturedDecoder(PlainDecoder):
         config, batch, device = model.config, len(self.ids), self.ids.device
         parts = self.axis.count
         self.matvec, self.gate_up = decode_kernels.matvec, decode_kernels.gate_up
-        self.prefetch = decode_kernels.Prefetch(device)
         self.position = self.ids.new_zeros(())
         self.noise = torch.ones(batch, parts * config.vocabulary, device=device)
         self.sum = SmallSum(self.axis, (batch, config.width), device) if parts > 1 else None
@@ -235,7 +234,6 @@ class CapturedDecoder(PlainDecoder):
 
         def attend(layer: Attention, k: Tensor, v: Tensor, **at: Any) -> None:
             query, gammas = project(), (layer.q_norm.weight, layer.k_norm.weight)
-            self.prefetch(layer.out.weight)
             self.attend(query, gammas, layer.q_norm.eps, k, v, mixed, **at)
             stream.add(layer.out, mixed)
 
@@ -246,9 +244,7 @@ class CapturedDecoder(PlainDecoder):
                 attend(layer.cross_attention, *context)
             self.gate_up(stream.x, stream.weights, hidden, **stream.norm)
             stream.add(layer.feed_forward.down, hidden)
-        logits = project()
-        self.prefetch.join()
-        return self.axis.all_gather(logits, 1)
+        return self.axis.all_gather(project(), 1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
@@ -292,7 +288,7 @@ class Stream:
             self.x = model.embedding(tokens)
         else:
             self.sum.begin()
-            self.sum.addend.copy_(own_rows(model.embedding.weight, decoder.axis, tokens))
+            self.sum.write(own_rows(model.embedding.weight, decoder.axis, tokens))
         self._turn()
 
     @property
@@ -304,7 +300,7 @@ class Stream:
         if self.sum is None:
             self.decoder.matvec(y, (layer.weight,), self.x, residual=self.x)
         else:
-            self.decoder.matvec(y, (layer.weight,), self.sum.addend)
+            self.decoder.matvec(y, (layer.weight,), self.sum.addend, others=self.sum.others)
         self._turn()
 
     def _turn(self) -> None:
@@ -315,7 +311,6 @@ class Stream:
                 self.x += added
             self.norm = {"gamma": norm.weight, "eps": norm.eps}
         else:
-            self.decoder.prefetch(*self.weights)
             self.total, self.x = self.sum(self.total, norm.weight, norm.eps, added=added)
             self.norm = {}
 
