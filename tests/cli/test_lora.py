@@ -14,13 +14,13 @@ from click.testing import Result
 
 import worldline
 from worldline.errors import InputError
-from worldline.families.predict2_5.weights import KEYS, LORA, open_network
+from worldline.families.predict2_5 import weights as flow_weights
+from worldline.families.predict2_5.weights import open_network
 from worldline.opening import split_scale
-from worldline.train.lora import save_reference
 from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.networks import open_adapter
 
-from ..adapters import write_peft
+from ..adapters import save_inside, write_peft
 from ..conftest import MODEL
 from ..tiny_predict2_5 import POST, SMALL
 from .conftest import Run, run_words
@@ -134,7 +134,7 @@ def test_a_checkpoint_with_an_adapter_inside(
     }
     weights = {name: network.source.read(name) for name in network.source.entries}
     base = shutil.copy(file, tmp_path / "base.pt")
-    save_reference(weights, halves, KEYS, LORA, file)  # type: ignore[arg-type]
+    save_inside(weights, halves, flow_weights, file)  # type: ignore[arg-type]
     shown = run("checkpoints", "inspect", file)
     assert shown.exit_code == 0, shown.output
     check_mentions(shown.stdout, "LoRA adapters q_proj predict2.5 complete")

@@ -20,13 +20,14 @@ from torch import Tensor
 from tests.cli.conftest import run_words
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import open_network
+from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.families.predict2_5.weights import open_network as open_flow
 from worldline.shapes import LatentShape
 from worldline.weights.checkpoint import SHARD, open_checkpoint
-from worldline.weights.networks import open_weights
+from worldline.weights.networks import Network, open_weights
+from worldline.weights.trainings import open_state
 
 AUTOREGRESSIVE, TRAININGS = cases("ar_ckpt_layouts"), cases("train_ckpt_layouts")
-LATER = ("lora", "optim")  # of tests of adapters, and of trainings that go on
 
 
 def contents(path: Path) -> dict[str, Tensor]:
@@ -149,12 +150,12 @@ def test_logits_of_every_file(case: Case, tmp_path: Path) -> None:
     assert case.unused() == []
 
 
-def job_of(case: Case, beginning: str) -> Path:
-    """Job folder of a full training of a model whose folders begin so."""
+def job_of(case: Case, beginning: str, lora: bool = False) -> Path:
+    """Job folder of a training of a model whose folders begin so: of all weights, or of LoRA."""
     [folder] = {
         path.parent
         for path in case.path.glob(f"{beginning}/**/checkpoints")
-        if "lora" not in str(path.relative_to(case.path))
+        if ("lora" in str(path.relative_to(case.path))) == lora
     }
     return folder
 
@@ -162,7 +163,10 @@ def job_of(case: Case, beginning: str) -> Path:
 def p1_output(case: Case, path: Path) -> Tensor:
     stated = case.spec["p1_model"]
     time, rows, columns = (stated[f"rope_{axis}_extrapolation_ratio"] for axis in "thw")
-    model = load_dit(path, (time, rows, columns), stated["base_fps"])
+    return p1_run(case, load_dit(path, (time, rows, columns), stated["base_fps"]))
+
+
+def p1_run(case: Case, model: Any) -> Tensor:
     x, mask = case.tensor("p1.in.x"), "p1.in.condition_video_input_mask"
     positions = model.make_positions(
         LatentShape(*x.shape[2:]), case.tensor("p1.in.fps")[0].item(), rotary_dtype=torch.float32
@@ -191,27 +195,76 @@ def test_files_of_predict1(case: Case, tmp_path: Path) -> None:
     shutil.copy(average, replica)
     for path in (average, state, job, job / "checkpoints", post_trained, replica):
         case.compare("p1.y.ema", p1_output(case, path))
+    stored = open_state(regular, [])
+    for name in case.names("p1.optim.*"):
+        kind, _, inner = name.removeprefix("p1.optim.").partition(".")
+        case.compare(name, stored.read(kind, inner))
 
 
-@pytest.mark.parametrize("case", TRAININGS, ids=str)
-def test_files_of_predict2_5(case: Case) -> None:
-    job, stated = job_of(case, "p25"), case.spec["p25_model"]
+def flow_of(case: Case, source: Any) -> Network[Any]:
+    stated = case.spec["p25_model"]
     settings = {
         "rope_ratio": [stated[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"],
         "timestep_scale": stated["timestep_scale"],
     }
+    return open_flow(source, settings)
+
+
+def flow_output(case: Case, network: Network[Any]) -> Tensor:
+    model = load_flow(network)
+    x = case.tensor("p25.in.x_B_C_T_H_W")
+    return model(
+        x,
+        case.tensor("p25.in.timesteps_B_T"),
+        model.encode_context(case.tensor("p25.in.crossattn_emb")),
+        model.make_positions(LatentShape(*x.shape[2:])),
+        condition_mask=case.tensor("p25.in.condition_video_input_mask_B_C_T_H_W"),
+        padding_mask=case.tensor("p25.in.padding_mask"),
+    )
+
+
+def chosen(network: Network[Any], prefix: str, scale: float) -> Network[Any]:
+    """The network with the adapter of one set in its file, of those that have one beside."""
+    source = network.source
+    kept = {n: entry for n, entry in source.adapters.items() if n.startswith(prefix)}
+    one = network.match_adapter(replace(source, adapters=kept), scale)
+    return network.bare().adapted(one)
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=str)
+def test_files_of_adapters(case: Case) -> None:
+    """Base, adapter and averaged adapter in the files of both trainers."""
+    [file] = job_of(case, "p1", lora=True).rglob("*[0-9]_model.pt")
+    stated = case.spec["p1_model"]
+    ratio = [stated[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"]
+    found = open_dit(file, {"rope_ratio": ratio, "base_fps": stated["base_fps"]})
+    scale = case.spec["facts"]["p1_lora"]["scale"]
+    for name, prefix in (("lora_model", "model."), ("lora_ema", "ema.")):
+        model = chosen(found, prefix, scale).read("cpu", torch.float32)
+        case.compare(f"p1.y.{name}", p1_run(case, model))
+    case.compare("p1.y.lora_base_only", p1_run(case, found.bare().read("cpu", torch.float32)))
+
+    [metadata] = job_of(case, "p25", lora=True).rglob("model/.metadata")
+    scale = case.spec["p25_lora"]["alpha"] / case.spec["p25_lora"]["rank"]
+    [converted] = metadata.parents[1].glob("model_ema_bf16.pt")
+    average = flow_of(case, converted)
+    case.compare("p25.y.lora_ema_bf16", flow_output(case, chosen(average, "", scale)))
+    source = open_weights(metadata.parent)
+    plain = {
+        kind: {n: entry for n, entry in each.items() if n.startswith("net.")}
+        for kind, each in (("entries", source.entries), ("adapters", source.adapters))
+    }
+    found = flow_of(case, replace(source, **plain))
+    case.compare("p25.y.lora_dcp_net", flow_output(case, chosen(found, "", scale)))
+    case.compare("p25.y.lora_base_only", flow_output(case, found.bare()))
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=str)
+def test_files_of_predict2_5(case: Case) -> None:
+    job = job_of(case, "p25")
 
     def output(source: Any) -> Tensor:
-        model = load_flow(open_flow(source, settings))
-        x = case.tensor("p25.in.x_B_C_T_H_W")
-        return model(
-            x,
-            case.tensor("p25.in.timesteps_B_T"),
-            model.encode_context(case.tensor("p25.in.crossattn_emb")),
-            model.make_positions(LatentShape(*x.shape[2:])),
-            condition_mask=case.tensor("p25.in.condition_video_input_mask_B_C_T_H_W"),
-            padding_mask=case.tensor("p25.in.padding_mask"),
-        )
+        return flow_output(case, flow_of(case, source))
 
     assert case.tensor("p25.in.fps").isfinite().all()  # the network reads none
     [converted] = job.rglob("model_ema_bf16.pt")
@@ -290,4 +343,4 @@ def test_layouts_of_diffusers(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", TRAININGS, ids=str)
 def test_every_tensor_is_used(case: Case) -> None:
-    assert [name for name in case.unused() if not any(word in name for word in LATER)] == []
+    assert case.unused() == []

@@ -107,8 +107,8 @@ def test_the_two_copies_of_a_released_key_agree() -> None:
         (["data.fit=squeeze"], ("data.fit is 'squeeze'", "crop", "stretch")),
         (["optimizer.lr=[1"], ("optimizer.lr", "no value")),
         (["optimizer=3"], ("optimizer",)),
-        (["trainer.reference_state=true"], ("trainer.reference_state is True", "available")),
-        (["checkpoint.format=reference"], ("checkpoint.format is 'reference'", "available")),
+        (["checkpoint.format=nemo"], ("checkpoint.format is 'nemo'", "reference")),
+        (["checkpoint.load_training_state=true"], ("load_training_state", "checkpoint.load_path")),
         (["trainer.compile=true"], ("trainer.compile is True", "available")),
         (["trainer.callbacks.vid_sampling_tf.every_n=7"], ("every_n is 7", "available")),
         (["scheduler.f_max=0.5"], ("scheduler.f_max", "scheduler.kind=cosine")),
@@ -161,10 +161,13 @@ def test_what_makes_another_run() -> None:
     before = read(TEALROBOT).to_json()
     free = ["data.num_workers=5", "trainer.logging_iter=3", "checkpoint.save_iter=7", "job.name=x"]
     assert differences(before, read(TEALROBOT, free)) == []
-    fixed = ["optimizer.lr=0.5", "data.video_size=[64,96]", "trainer.max_iter=3"]
+    assert differences(before, read(TEALROBOT, ["trainer.max_iter=3", "scheduler.warmup=1"])) == []
+    fixed = ["optimizer.lr=0.5", "data.video_size=[64,96]", "scheduler.warmup=1"]
+    fixed += ["trainer.grad_accum_iter=2", "trainer.reference_state=true"]
     lines = differences(before, read(TEALROBOT, fixed))
     assert [line.split()[0] for line in lines] == [
-        *("data.video_size", "optimizer.lr", "trainer.max_iter"),
+        *("data.video_size", "optimizer.lr", "scheduler.warmup"),
+        *("trainer.grad_accum_iter", "trainer.reference_state"),
     ]
     assert "was 0.001 and is 0.5" in lines[1]
 

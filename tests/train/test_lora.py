@@ -14,7 +14,7 @@ from worldline.families.autoregressive.model import ARTransformer, make_position
 from worldline.families.diffusion import weights as diffusion
 from worldline.families.predict2_5 import weights as flow
 from worldline.nn import dit
-from worldline.train.lora import LowRankLinear, add_adapters, halves_of, restore, save_peft
+from worldline.train.lora import LowRankLinear, add_adapters, restore, save_peft
 from worldline.weights import lora
 from worldline.weights.checkpoint import save
 from worldline.weights.keymap import LoRARecipe
@@ -58,7 +58,8 @@ def test_an_adapter_trained_saved_and_merged(tmp_path: Path) -> None:
         optimizer.step()
     after = model(tokens, positions)
     assert not torch.allclose(after, before)
-    save_peft(halves_of(layers), SCALE, autoregressive.KEYS, tmp_path / "a")
+    halves = {name: (layer.down.detach(), layer.up.detach()) for name, layer in layers.items()}
+    save_peft(halves, SCALE, autoregressive.KEYS, tmp_path / "a")
     adapter = network.match_adapter(open_adapter(tmp_path / "a"))
     merged = network.adapted(adapter).read("cpu", torch.float32)
     torch.testing.assert_close(merged(tokens, positions), after, rtol=1e-5, atol=1e-5)

@@ -113,9 +113,7 @@ FORMS: dict[str, tuple[Callable[[Halves, Path], object], float]] = {
         SCALE,
     ),
     "reference": (
-        lambda h, p: writers.save_reference(
-            base(), h, flow.KEYS, flow.LORA, p / "iter_000000004_model.pt"
-        ),
+        lambda h, p: adapters.save_inside(base(), h, flow, p / "iter_000000004_model.pt"),
         SCALE,
     ),
     "averaged": (
@@ -410,7 +408,7 @@ def test_checkpoints_with_an_adapter_inside(network: Network[Any], tmp_path: Pat
     halves = draw(network, *flow.LORA.targets)
     source = network.source
     weights = {f"net.{name.removeprefix('net.')}": source.read(name) for name in source.entries}
-    writers.save_reference(weights, halves, flow.KEYS, flow.LORA, tmp_path / "model.pt")
+    adapters.save_inside(weights, halves, flow, tmp_path / "model.pt")
     inside = flow.open_network(tmp_path, {})
     assert inside.adapters[0].updates.keys() == halves.keys()
     assert "states no scale; 1 is taken" in inside.notes[-1]

@@ -168,7 +168,8 @@ class TrainerSettings(Section):
 
     Attributes:
         precision: of the computation; weights, moments and averages are float32.
-        reference_state: weights and moments in bf16, as the reference has them.
+        reference_state: weights and moments as the released trainer keeps them: bf16, but for
+            Predict1's diffusion models.
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
         logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and sampled
@@ -180,7 +181,7 @@ class TrainerSettings(Section):
     clip_norm: Positive = 1.0
     seed: Times = 0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    reference_state: Annotated[bool, _later(False)] = False
+    reference_state: bool = False
     activation_checkpointing: Switch = "auto"
     compile: Annotated[bool, _later(False)] = False
     deterministic: bool = False
@@ -195,17 +196,20 @@ class CheckpointSettings(Section):
 
     Attributes:
         load_path: weights to begin with; None is the model's own.
+        load_training_state: the run goes on with the optimizer, average and step of the released
+            trainer's files beside the weights of `load_path`.
         save_state: whether a run can go on; its state is four times the weights.
-        format: "reference" also writes the reference's optimizer files.
+        format: "reference" writes what the released trainer does, its optimizer's files too.
         keep_last: number of the newest checkpoints that are kept.
         keep_every: those of steps that it divides are kept, too.
         strict_resume: taken from released commands; files must fit, whatever it is.
     """
 
     load_path: str | None = None
+    load_training_state: bool = False
     save_iter: Count = 1000
     save_state: bool = True
-    format: Annotated[Literal["worldline", "reference"], _later("worldline")] = "worldline"
+    format: Literal["worldline", "reference"] = "worldline"
     keep_last: Count = 3
     keep_every: Times = 0
     strict_resume: bool = True
@@ -352,6 +356,8 @@ def _unread(key: str, experiment: Experiment) -> str:
     unread = {"cosine": ("cycle", "start", "top"), "linear": ("decay",)}[kind]
     if part[0] == "scheduler" and part[2] in unread:
         return f"scheduler.kind={kind}"
+    if key == "checkpoint.load_training_state" and experiment.checkpoint.load_path is None:
+        return "no checkpoint.load_path"
     rank = experiment.lora.rank
     return "lora.rank=0" if part[0] == "lora" and not rank and part[2] != "rank" else ""
 
@@ -364,21 +370,27 @@ def our_key(key: str) -> str:
     return key
 
 
-# keys that may change when a run goes on: they decide neither what it computes nor of what
+# keys that may change when a run goes on: they decide neither what a step computes nor of what;
+# with the length of a run, the learning rate changes that is to fall to its end
 FREE_KEYS = (
     *("description", "job.*", "data.num_workers", "data.cache_dir", "data.dataset_dir"),
     *("data.validation_dir", "trainer.*_iter", "trainer.run_validation", "trainer.compile"),
     *("trainer.activation_checkpointing", "checkpoint.*", "parallel.*", "model"),
 )
-FIXED_KEYS = ("trainer.max_iter", "trainer.grad_accum_iter")  # although a pattern frees them
+FIXED_KEYS = ("trainer.grad_accum_iter",)  # although a pattern frees it
 
 
 def differences(before: Mapping[str, Any], now: Experiment) -> list[str]:
-    """Lines about the keys that make another run of an experiment, as `to_json` gave it before."""
+    """Lines about the keys that make another run of an experiment, as `to_json` gave it before.
+
+    A run may become longer; the short form's rise of the learning rate follows its length.
+    """
     after = now.to_json()
-    lines = []
+    lines, length = [], "trainer.max_iter"
+    follows = ("scheduler.warmup",) if _at(before, length) != _at(after, length) else ()
     for key in keys():
-        free = any(fnmatchcase(key, pattern) for pattern in FREE_KEYS) and key not in FIXED_KEYS
+        free = any(fnmatchcase(key, pattern) for pattern in (*FREE_KEYS, *follows))
+        free &= key not in FIXED_KEYS
         was, value = _at(before, key), _at(after, key)
         if was != value and not free:
             lines.append(f"{key} was {brief(was)} and is {brief(value)}")

@@ -1,29 +1,94 @@
 """Files of a trained model, in the names and layouts of the released trainers.
 
-They hold weights alone: what a run needs to go on is in its states.
+By default they hold weights alone: what a run needs to go on is in its states.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint
 
 from worldline.files import remove, replacing
 from worldline.parallel.mesh import Axis
-from worldline.train.lora import save_peft
+from worldline.train.lora import Halves, save_diffusers, save_peft
+from worldline.train.sharding import fill
 from worldline.weights.keymap import KeyMap
+from worldline.weights.lora import ADAPTER_FILES
+from worldline.weights.trainings import MOMENTS, StoredState, TrainerState
 
+dcp: Any = checkpoint  # which does not declare what it exports
 LATEST = "latest_checkpoint.txt"
+
+# kind, one of weights, average, exp_avg, exp_avg_sq -> whole tensors by our names, one at a time
+Tensors = Callable[[str], Iterator[tuple[str, Tensor]]]
+Contents = dict[str, Callable[[Path], object]]  # name of a file or folder -> what writes it
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names and parts that tensors of a run have in files.
+
+    Attributes:
+        released: our name of a parameter -> that in files.
+        tp: processes that hold parts of the layers, each of which writes a shard.
+        cut: axis on which they are cut, by our names.
+        buffers: further tensors of files, by their names there.
+    """
+
+    released: Callable[[str], str]
+    tp: Axis
+    cut: Mapping[str, int]
+    buffers: Mapping[str, Tensor]
+
+    def collect(
+        self, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype, writes: bool
+    ) -> dict[str, Tensor]:
+        """Tensors on the CPU by released names; all processes gather, and some keep none."""
+        found = {}
+        for name, tensor in named:
+            if writes:
+                part = self.part(name, tensor).to("cpu", dtype, copy=True)
+                found[self.released(name)] = part.contiguous()
+        return found
+
+    def beside(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Buffers in the precision of a file; counters as they are."""
+        return {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.buffers.items()
+        }
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        axis = self.cut.get(name)
+        return tensor if axis is None else self.tp.part(tensor, axis)
+
+
+class Form(Protocol):
+    """Files that hold a model in one way."""
+
+    def nbytes(self, counts: Mapping[str, int]) -> int:
+        """Bytes of a checkpoint, of numbers of numbers by our names."""
+
+    def names(self, step: int) -> list[str]:
+        """Files and folders of a checkpoint."""
+
+    def gather(self, step: int, tensors: Tensors, writes: bool) -> Contents:
+        """Collect a checkpoint from all processes; what those have to write that write."""
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a checkpoint.
+    """One file of weights alone.
 
     Attributes:
         name: with `{step:09}` in it.
@@ -33,15 +98,136 @@ class ModelFile:
 
     name: str
     kind: Literal["weights", "average", "iteration"]
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
+    tensors: Names
 
-    def path(self, folder: Path, step: int) -> Path:
-        return folder / self.name.format(step=step)
+    def nbytes(self, counts: Mapping[str, int]) -> int:
+        return self.dtype.itemsize * sum(counts.values()) if self.kind != "iteration" else 0
 
-    def shard(self, rank: int) -> ModelFile:
-        """What one tensor-parallel process writes in its place."""
-        stem, _, suffix = self.name.rpartition(".")
-        return ModelFile(f"{stem}_model_mp_{rank}.{suffix}", self.kind, self.dtype)
+    def names(self, step: int) -> list[str]:
+        return [self._name(step, rank) for rank in range(self.tensors.tp.count)]
+
+    def gather(self, step: int, tensors: Tensors, writes: bool) -> Contents:
+        tp = self.tensors.tp
+        if self.kind == "iteration":
+            content: dict[str, Any] = {"iteration": step}
+            writes &= tp.first
+        else:
+            content = self.tensors.collect(tensors(self.kind), self.dtype, writes)
+            content |= self.tensors.beside(self.dtype)
+        return {self._name(step, tp.rank): partial(torch.save, content)} if writes else {}
+
+    def _name(self, step: int, rank: int) -> str:
+        name = self.name.format(step=step)
+        if self.kind == "iteration" or self.tensors.tp.count == 1:
+            return name
+        stem, _, suffix = name.rpartition(".")
+        return f"{stem}_model_mp_{rank}.{suffix}"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """Folder of an adapter, `iter_{step}_adapter`, from which PEFT, diffusers and we read it.
+
+    Attributes:
+        kind: the weights, or their average.
+        adapted: name of a matrix -> names of the parameters of its halves.
+        scale: of the product.
+        keys: released names.
+        diffusers: names in diffusers; None of models that it has not.
+    """
+
+    kind: Literal["weights", "average"]
+    adapted: Mapping[str, tuple[str, str]]
+    scale: float
+    keys: KeyMap
+    diffusers: KeyMap | None
+
+    def nbytes(self, counts: Mapping[str, int]) -> int:
+        copies = 1 if self.diffusers is None else 2
+        return 4 * copies * sum(counts[name] for pair in self.adapted.values() for name in pair)
+
+    def names(self, step: int) -> list[str]:
+        return [f"iter_{step:09}_adapter"]
+
+    def gather(self, step: int, tensors: Tensors, writes: bool) -> Contents:
+        wanted = {name for pair in self.adapted.values() for name in pair}
+        found = {
+            name: tensor.float().to("cpu", copy=True)
+            for name, tensor in tensors(self.kind)
+            if name in wanted
+        }
+        halves = {name: (found[down], found[up]) for name, (down, up) in self.adapted.items()}
+        [name] = self.names(step)
+        return {name: partial(self._write, halves)} if writes else {}
+
+    def _write(self, halves: Halves, folder: Path) -> None:
+        save_peft(halves, self.scale, self.keys, folder)
+        if self.diffusers is not None:
+            save_diffusers(halves, self.scale, self.diffusers, folder / ADAPTER_FILES[2])
+
+
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """Files of the family's released trainer, those of its optimizer among them.
+
+    Attributes:
+        files: the family's: a state -> names and contents; a name without a suffix is the folder of
+            a distributed checkpoint.
+        order: sorts released names as the trainer's optimizer has them.
+        dtype: of moments.
+        trained: names of what is trained, ours.
+        settings: step -> fields of the `TrainerState` that are no tensors.
+        average: whether averages are kept.
+    """
+
+    files: Callable[[TrainerState], dict[str, Any]]
+    order: Callable[[str], Any]
+    dtype: torch.dtype
+    tensors: Names
+    trained: tuple[str, ...]
+    settings: Callable[[int], dict[str, Any]]
+    average: bool
+
+    def nbytes(self, counts: Mapping[str, int]) -> int:
+        trained = sum(counts[name] for name in self.trained)
+        wide = 4 * sum(counts.values()) if self.average else 0
+        return 2 * sum(counts.values()) + wide + 2 * self.dtype.itemsize * trained
+
+    def names(self, step: int) -> list[str]:
+        ranks = range(self.tensors.tp.count)
+        states = (replace(self._state(step), rank=rank) for rank in ranks)
+        return [*dict.fromkeys(name for state in states for name in self.files(state))]
+
+    def gather(self, step: int, tensors: Tensors, writes: bool) -> Contents:
+        names, bf16 = self.tensors, torch.bfloat16
+        weights = names.collect(tensors("weights"), bf16, writes) | names.beside(bf16)
+        average = {}
+        if self.average:
+            average = names.collect(tensors("average"), torch.float32, writes)
+        first, second = (names.collect(tensors(kind), self.dtype, writes) for kind in MOMENTS)
+        moments = {name: (first[name], second[name]) for name in sorted(first, key=self.order)}
+        state = replace(self._state(step), weights=weights, average=average, moments=moments)
+        if not writes:
+            return {}
+        return {name: partial(_save, name, each) for name, each in self.files(state).items()}
+
+    def _state(self, step: int) -> TrainerState:
+        tp = self.tensors.tp
+        return TrainerState(step, **self.settings(step), rank=tp.rank, count=tp.count)
+
+
+def _save(name: str, content: Any, path: Path) -> None:
+    """Write what a trainer does: by PyTorch, as JSON, or as a distributed checkpoint."""
+    suffix = Path(name).suffix
+    if suffix == ".json":
+        path.write_text(json.dumps(content))
+    elif suffix:
+        torch.save(content, path)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            dcp.save(content, checkpoint_id=path, no_dist=True)
 
 
 @dataclass(frozen=True)
@@ -50,123 +236,67 @@ class Checkpoints:
 
     Attributes:
         folder: of the files.
-        files: of a checkpoint, in the order in which they are written.
+        forms: of a checkpoint, in the order in which they are written.
         latest: what LATEST holds.
-        released: our name of a parameter -> that in files.
-        buffers: further tensors of files, by their names there.
-        tp: processes that hold parts of the layers, each of which writes a shard.
-        cut: axis on which they are cut, by our names.
+        tensors: their names.
     """
 
     folder: Path
-    files: tuple[ModelFile, ...]
+    forms: tuple[Form, ...]
     latest: str
-    released: Callable[[str], str]
-    buffers: Mapping[str, Tensor]
-    tp: Axis
-    cut: Mapping[str, int]
+    tensors: Names
 
     def nbytes(self, counts: Mapping[str, int]) -> int:
         """Bytes of a checkpoint, of numbers of numbers by our names."""
-        kinds = [file.dtype.itemsize for file in self.files if file.kind != "iteration"]
-        return sum(kinds) * sum(counts.values())
+        return sum(form.nbytes(counts) for form in self.forms)
 
-    def gather(
-        self, step: int, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], writes: bool
-    ) -> Callable[[], None]:
+    def gather(self, step: int, tensors: Tensors, writes: bool) -> Callable[[], None]:
         """Collect a checkpoint from all processes; what writes it, in a thread.
 
         Args:
             step: number of steps done.
-            tensors: kind -> whole tensors by our names, one at a time.
+            tensors: of the run.
             writes: whether this process writes; all gather.
         """
-        contents: list[tuple[ModelFile, dict[str, Any]]] = []
-        for file in self.files:
-            if file.kind == "iteration":
-                content: dict[str, Any] = {"iteration": step}
-            else:
-                content = {}
-                for name, tensor in tensors(file.kind):
-                    if writes:
-                        part = self._part(name, tensor).to("cpu", file.dtype, copy=True)
-                        content[self.released(name)] = part.contiguous()
-                content |= self.buffers
-                file = file.shard(self.tp.rank) if self.tp.count > 1 else file
-            if writes and (file.kind != "iteration" or self.tp.first):
-                contents.append((file, content))
+        contents: Contents = {}
+        for form in self.forms:
+            contents |= form.gather(step, tensors, writes)
 
         def write() -> None:
-            for file, content in contents:
-                path = file.path(self.folder, step)
+            for name, save in contents.items():
+                path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
-                    torch.save(content, temporary)
-            if contents and self.tp.first:
+                    save(temporary)
+                    if path.is_dir():  # of a run that went back
+                        remove(path)
+            if contents and self.tensors.tp.first:
                 with replacing(self.folder / LATEST) as temporary:
                     temporary.write_text(f"{self.latest.format(step=step)}\n")
 
         return write
 
     def remove(self, step: int) -> None:
-        """Remove the files of a checkpoint that is not kept."""
-        for file in self.files:
-            for one in (file, *(file.shard(rank) for rank in range(self.tp.count))):
-                one.path(self.folder, step).unlink(missing_ok=True)
+        """Remove the files of a checkpoint that is not kept, and folders that hold no others."""
+        for form in self.forms:
+            for name in form.names(step):
+                path = self.folder / name
+                remove(path)
+                with suppress(OSError):  # it holds others, or is absent
+                    if path.parent != self.folder:
+                        path.parent.rmdir()
 
-    def _part(self, name: str, tensor: Tensor) -> Tensor:
-        axis = self.cut.get(name)
-        return tensor if axis is None else self.tp.part(tensor, axis)
+    def restore(self, stored: StoredState, state: Mapping[str, Tensor]) -> int:
+        """Fill a run's state, by `kind/name`, with that of a released trainer; its step.
 
-
-@dataclass(frozen=True)
-class AdapterCheckpoints:
-    """Folders of a run's adapters, `iter_{step}_adapter`, in the form of PEFT.
-
-    Attributes:
-        folder: of the folders.
-        kind: the weights, or their average.
-        adapted: name of a matrix -> names of the parameters of its halves.
-        scale: of the product.
-        keys: released names.
-    """
-
-    folder: Path
-    kind: Literal["weights", "average"]
-    adapted: Mapping[str, tuple[str, str]]
-    scale: float
-    keys: KeyMap
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"iter_{step:09}_adapter"
-
-    def nbytes(self, counts: Mapping[str, int]) -> int:
-        """Bytes of a folder, of numbers of numbers by our names."""
-        return 4 * sum(counts[name] for pair in self.adapted.values() for name in pair)
-
-    def gather(
-        self, step: int, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], writes: bool
-    ) -> Callable[[], None]:
-        """As of `Checkpoints`."""
-        wanted = {name for pair in self.adapted.values() for name in pair}
-        found = {
-            name: tensor.float().to("cpu", copy=True)
-            for name, tensor in tensors(self.kind)
-            if name in wanted
-        }
-        halves = {name: (found[down], found[up]) for name, (down, up) in self.adapted.items()}
-
-        def write() -> None:
-            if not writes:
-                return
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path(step)) as temporary:
-                save_peft(halves, self.scale, self.keys, temporary)
-            with replacing(self.folder / LATEST) as temporary:
-                temporary.write_text(f"{self.path(step).name}\n")
-
-        return write
-
-    def remove(self, step: int) -> None:
-        """Remove an adapter that is not kept."""
-        remove(self.path(step))
+        Raises:
+            CheckpointError: it is of another training.
+        """
+        for key, target in state.items():
+            kind, _, name = key.partition("/")
+            if kind == "step":
+                target.fill_(stored.step)
+                continue
+            whole = stored.read(kind, self.tensors.released(name))
+            fill(target, self.tensors.part(name, whole))
+        return stored.step

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from worldline.errors import NonFiniteError
 from worldline.parallel.mesh import ALONE, Axis
-from worldline.train.files import AdapterCheckpoints, Checkpoints
+from worldline.train.files import Checkpoints
 from worldline.train.optim import Average, Decay, Rate, Rising, make_optimizer, trainable
 from worldline.train.sharding import Sharded, local
 from worldline.train.states import States
@@ -139,11 +139,12 @@ class Run:
         parameters: what this process holds of each parameter that is trained, by name.
         step: steps done.
         files: of the model, which are written with each state; None writes none.
+        begin: fills the state of a run that has none yet; the steps that it has done.
         with_state: whether states are written.
         writers: of figures, beside the log.
     """
 
-    files: Checkpoints | AdapterCheckpoints | None
+    files: Checkpoints | None
     with_state: bool
 
     def __init__(
@@ -170,6 +171,7 @@ class Run:
         self.average = config.average and Average(self.parameters, config.average)
         self.states = States(folder, ranks, config.keep_last, config.keep_every)
         self.step, self.files, self.with_state = 0, None, True
+        self.begin: Callable[[Mapping[str, Tensor]], int] = lambda state: 0
         self.writers: list[Writer] = []
         device = next(iter(self.parameters.values())).device
         # on the device, where a graph finds them: this step, the first one that is not finite
@@ -179,32 +181,44 @@ class Run:
         """Tensors that a run changes in place: weights, averages and moments, by kind and name."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.whole.items():
-            kinds = {"weights": self.parameters[name].detach()}
-            if self.average:
-                kinds["average"] = self.average.values[name]
-            kinds |= self.optimizer.state.get(self.parameters[name], {})
-            state |= {f"{kind}/{name}": _spread(value, parameter) for kind, value in kinds.items()}
+            kinds = self._kinds(name).items()
+            state |= {f"{kind}/{name}": _spread(value, parameter) for kind, value in kinds}
         return state
 
     def restore(self) -> None:
-        """Go back to the newest state, if there is one."""
+        """Go back to the newest state or, without one, to what the run begins with."""
         if steps := self.states.steps():
             facts = self.states.restore(steps[-1], self.state())
             self.step = steps[-1]
             self.objective.restore(facts["position"])
+        else:
+            self.step = self.begin(self.state())
 
-    def keep(self, files: Checkpoints | AdapterCheckpoints, with_state: bool) -> None:
+    def keep(self, files: Checkpoints, with_state: bool) -> None:
         """Write a model's files with each state, or without."""
         self.files, self.with_state = files, with_state
         self.states.removed = files.remove
 
     def whole_tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Weights or averages of the whole module by name, one at a time, in all processes."""
+        """Tensors of the whole module by name, one at a time, in all processes.
+
+        They are its weights, frozen ones too; or, of what is trained, averages or moments.
+        """
         for name, parameter in self.module.named_parameters():
             value = parameter.detach()
-            if kind == "average" and self.average and name in self.average.values:
-                value = _spread(self.average.values[name], parameter)
+            if kind != "weights":
+                if name not in self.parameters:
+                    continue
+                value = _spread(self._kinds(name)[kind], parameter)
             yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+    def _kinds(self, name: str) -> dict[str, Tensor]:
+        """What this process keeps of a parameter that is trained, by kind."""
+        parameter = self.parameters[name]
+        kinds = {"weights": parameter.detach()}
+        if self.average:
+            kinds["average"] = self.average.values[name]
+        return kinds | self.optimizer.state.get(parameter, {})
 
     def check_room(self) -> None:
         """Refuse to go on where the disk has no room for a state and the files beside it."""

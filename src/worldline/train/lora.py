@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from worldline.weights.keymap import KeyMap, LoRARecipe, matches
 from worldline.weights.lora import ADAPTER_FILES, CONFIG, METADATA, Adapter
 
 _WEIGHT = ".weight"
+_HALVES = ("down", "up")
 _PEFT_ENDS = (".lora_A.weight", ".lora_B.weight")
 
 # name of a matrix -> down and up of its adapter
@@ -99,13 +99,8 @@ def add_adapters(
     return adapted
 
 
-def halves_of(adapted: Mapping[str, LowRankLinear]) -> Halves:
-    """Adapters' tensors, as they are written; no copies."""
-    return {name: (layer.down.detach(), layer.up.detach()) for name, layer in adapted.items()}
-
-
 def restore(adapted: Mapping[str, LowRankLinear], adapter: Adapter) -> None:
-    """Give adapters the numbers and factors of a file; a ValueError where its matrices differ."""
+    """Give adapters the numbers of a file; a ValueError where its matrices differ."""
     updates = adapter.updates
     own = {name: layer.down.shape for name, layer in adapted.items()}
     theirs = {name: update.down.meta.shape for name, update in updates.items()}
@@ -113,24 +108,37 @@ def restore(adapted: Mapping[str, LowRankLinear], adapter: Adapter) -> None:
         names = ", ".join(different[:3])
         raise ValueError(f"{adapter.path} adapts other matrices, or by another rank ({names})")
     for name, layer in adapted.items():
-        layer.scale = updates[name].scale
         for parameter, half in zip((layer.down, layer.up), updates[name].halves, strict=True):
             value = half.read()
             refuse_nonfinite(half.path, name, value)
             parameter.data.copy_(value)
 
 
+def half_name(keys: KeyMap, name: str, end: str, prefix: str | None = None) -> str:
+    """Name of half of an adapter: that of its matrix in `keys`, with the end of a form."""
+    stem = keys.released(name, prefix).removesuffix(_WEIGHT)
+    if end.startswith("_"):  # Predict1's, which leaves out the place in a list
+        stem = stem.removesuffix(".0")
+    return f"{stem}{end}"
+
+
+def adapted_name(keys: KeyMap, ends: tuple[str, str], name: str) -> str:
+    """Released name of a parameter of an adapted network, by the ends of a trainer."""
+    stem, _, leaf = name.rpartition(".")
+    if leaf in _HALVES:
+        return half_name(keys, f"{stem}{_WEIGHT}", ends[_HALVES.index(leaf)])
+    return keys.released(f"{stem.removesuffix('.base')}.{leaf}")
+
+
 def named_halves(
     halves: Halves, keys: KeyMap, ends: tuple[str, str], prefix: str
 ) -> dict[str, Tensor]:
     """Tensors of an adapter by the names of a form: its ends behind the layers' in `keys`."""
-    named: dict[str, Tensor] = {}
-    for ours, pair in halves.items():
-        stem = keys.released(ours, prefix).removesuffix(_WEIGHT)
-        if ends[0].startswith("_"):  # Predict1's, which leaves out the place in a list
-            stem = stem.removesuffix(".0")
-        named |= {f"{stem}{end}": half for end, half in zip(ends, pair, strict=True)}
-    return named
+    return {
+        half_name(keys, ours, end, prefix): half
+        for ours, pair in halves.items()
+        for end, half in zip(ends, pair, strict=True)
+    }
 
 
 def settings(halves: Halves, scale: float, keys: KeyMap) -> dict[str, Any]:
@@ -170,40 +178,3 @@ def save_diffusers(
     stated = {f"{prefix}{name}": value for name, value in settings(halves, scale, keys).items()}
     text = {"format": "pt", METADATA: json.dumps(stated, indent=2, sort_keys=True)}
     save(named_halves(halves, keys, _PEFT_ENDS, prefix), path, text)
-
-
-def save_reference(
-    weights: Mapping[str, Tensor],
-    halves: Halves,
-    keys: KeyMap,
-    recipe: LoRARecipe,
-    path: Path,
-    averaged: Halves | None = None,
-    beside: Mapping[str, object] = {},
-) -> None:
-    """Write an adapter beside its network's weights, as a family's own trainer does: no scale.
-
-    Args:
-        weights: of the network, by released names.
-        halves: saved in the dtype of the weights.
-        keys: the released names.
-        recipe: of the family.
-        path: ends in .pt.
-        averaged: adapter; a trainer without "ema" saves it in the place of the other.
-        beside: other entries of a file with "model".
-    """
-    dtype = next(iter(weights.values())).dtype
-    named = partial(named_halves, keys=keys, ends=recipe.ends, prefix=keys.prefixes[0])
-    own = halves if recipe.nested else averaged or halves
-    model = {**weights, **{name: half.to(dtype) for name, half in named(own).items()}}
-    if not recipe.nested:
-        save(model, path)
-        return
-    wide = named(averaged or {})
-    sets = {"model": model, "ema": {n.replace(".", "-"): half.float() for n, half in wide.items()}}
-    whole = {
-        name: {n: tensor.detach().cpu().contiguous() for n, tensor in tensors.items()} or None
-        for name, tensors in sets.items()
-    }
-    with replacing(path) as temporary:
-        torch.save({**whole, **beside}, temporary)

@@ -10,7 +10,7 @@ from worldline.errors import InsufficientMemoryError
 from worldline.files import GIGABYTE
 from worldline.memory import WORKSPACE, Memory
 
-_STATE = 4  # bytes of a number of the optimizer: weights, gradients, moments, averages
+_STATE = 4  # bytes of a number of the optimizer by default: weights, gradients, moments, averages
 _UNITS = 2  # blocks whose weights are gathered at once: the one that computes, and the next
 
 
@@ -65,6 +65,7 @@ class Sizes:
         inside: bytes of a token that a block keeps for the way back.
         loss: bytes of the loss beside.
         tokenizer: bytes of its weights and of a clip.
+        state: bytes of a number of weights, gradients and moments.
     """
 
     parameters: int
@@ -76,6 +77,7 @@ class Sizes:
     inside: int
     loss: int
     tokenizer: int
+    state: int = _STATE
 
 
 def plan_memory(
@@ -92,7 +94,7 @@ def plan_memory(
     """
     size, frozen = dtype.itemsize, sizes.trained < sizes.parameters
     held = sizes.parameters * size if frozen else 0
-    own = sizes.trained * _STATE
+    own = sizes.trained * sizes.state
     rest = sizes.parameters - sizes.blocks * sizes.block
     kept = sizes.blocks * (sizes.stream if checkpointed else sizes.inside)
     kept += sizes.inside if checkpointed else 0
@@ -100,7 +102,7 @@ def plan_memory(
         weights=(held + own) // dp,
         gradients=own // dp,
         moments=2 * own // dp,
-        average=own // dp if average else 0,
+        average=sizes.trained * _STATE // dp if average else 0,
         gathered=(rest + _UNITS * sizes.block) * size + (0 if frozen else sizes.block * _STATE),
         activations=sizes.tokens * kept + sizes.loss,
         tokenizer=sizes.tokenizer,

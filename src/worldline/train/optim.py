@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,12 @@ class Cosine:
         progress = (step - self.warmup) / (self.decay - self.warmup)
         return self.floor + (self.peak - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
+    @property
+    def released(self) -> dict[str, Any]:
+        """Its fields in the state of the released scheduler."""
+        fields = {"warmup_iters": self.warmup, "lr_decay_iters": self.decay}
+        return {**fields, "min_lr": self.floor}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -68,6 +75,11 @@ class Linear:
             factor = self.end + (self.top - self.end) * share
         return self.peak * factor
 
+    @property
+    def released(self) -> dict[str, Any]:
+        """As of `Cosine`: one function, which is not saved."""
+        return {"lr_lambdas": [{}]}
+
 
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter],
@@ -80,7 +92,7 @@ def make_optimizer(
 ) -> MuonAdamW:
     """AdamW that decays matrices and kernels, or all; Muon for some matrices.
 
-    Moments exist from the start, so that a CUDA graph of a step finds them in place. Muon trains
+    Moments have the precision of their parameter, and exist from the start, so that a CUDA graph of a step finds them in place. Muon trains
     the matrices whose names fit a pattern of `orthogonal`, such as `blocks.*.weight`. The learning
     rate of all is the tensor `defaults["lr"]`, 0 at first; a graph reads it from memory.
 
@@ -101,10 +113,12 @@ def make_optimizer(
         {"params": each, "orthogonal": shape is not None, "weight_decay": decay}
         for (shape, decay), each in members.items()
     ]
-    device = next(iter(parameters.values())).device
-    graphs = device.type == "cuda"
+    first = next(iter(parameters.values()))
+    device, graphs = first.device, first.is_cuda
+    # the fused one computes in float32, and rounds what it stores
+    fused = graphs or first.dtype != torch.float32
     rate = torch.zeros((), device=device)
-    optimizer = MuonAdamW(groups, lr=rate, betas=betas, eps=eps, fused=graphs, capturable=graphs)
+    optimizer = MuonAdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused, capturable=graphs)
     for name, parameter in parameters.items():
         moments = {"exp_avg": torch.zeros_like(parameter)}
         if name not in muon:

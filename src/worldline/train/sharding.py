@@ -80,6 +80,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def fill(target: Tensor, part: Tensor) -> None:
+    """Copy this process's rows of a tensor-parallel part, as `fully_shard` deals them."""
+    if isinstance(target, DTensor):
+        mesh = target.device_mesh["dp"]
+        rows = part.chunk(mesh.size())
+        rank = mesh.get_local_rank()
+        part = rows[rank] if rank < len(rows) else part[:0]
+    local(target).copy_(part)
+
+
 def share_layers(
     network: nn.Module, plan: ShardPlan, whole: Mapping[str, Sequence[int]], mesh: DeviceMesh
 ) -> dict[str, int]:

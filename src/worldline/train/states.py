@@ -172,7 +172,11 @@ class States:
                 remove(temporary)
             [reason, *_] = [one for one, _ in getattr(error, "failures", {}).values()] or [error]
             reason = strerror(reason) if isinstance(reason, OSError) else one_line(reason)
-            raise Error(f"{self.folder}: a state cannot be written: {reason}") from error
+            kept = [self.path(each).name for each in self.steps()[-1:]]
+            whole = f"; {kept[0]} is whole, and the run goes on from it" if kept else ""
+            raise Error(
+                f"{self.folder}: the state of step {step} cannot be written: {reason}{whole}"
+            ) from error
 
     def _prune(self, newest: int) -> None:
         self._written.append(newest)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -38,16 +38,25 @@ from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
 from worldline.train.experiment import Data, Experiment, differences
-from worldline.train.files import LATEST, AdapterCheckpoints, Checkpoints, ModelFile
+from worldline.train.files import (
+    LATEST,
+    AdapterFolder,
+    Checkpoints,
+    Form,
+    ModelFile,
+    Names,
+    ReferenceFiles,
+)
 from worldline.train.loop import LoopConfig, Objective, Run, Writer, generator
-from worldline.train.lora import add_adapters
+from worldline.train.lora import adapted_name, add_adapters, restore
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
-from worldline.train.optim import Cosine, Linear, Power, Rate
+from worldline.train.optim import Cosine, Linear, Power, trainable
 from worldline.train.sharding import Sharded, share
 from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe, matches
 from worldline.weights.networks import Network, shapes_of
+from worldline.weights.trainings import open_state
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +89,11 @@ class Training:
     @cached_property
     def module(self) -> Any:
         """The family's `objective`."""
-        return _objective(self.opened)
+        return self.part("objective")
+
+    def part(self, name: str) -> Any:
+        """A module of the family, such as its `weights`."""
+        return import_module(f"{FAMILIES[self.opened.family.name]}.{name}")
 
     @property
     def network(self) -> Network[Any]:
@@ -96,6 +109,12 @@ class Training:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.experiment.trainer.precision)
         return dtype
+
+    @property
+    def state(self) -> torch.dtype:
+        """Precision of weights and moments."""
+        kept: torch.dtype = self.part("trainer").STATE
+        return kept if self.experiment.trainer.reference_state else torch.float32
 
     @cached_property
     def checkpointed(self) -> bool:
@@ -207,6 +226,7 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
         inside=config.saved_numbers * itemsize // layout.tp,
         loss=training.module.loss_bytes(config, tokens, itemsize),
         tokenizer=tokenizer.nbytes(compute) + 24 * pixels,
+        state=training.state.itemsize,
     )
     average = experiment.average.enabled
     return {
@@ -240,6 +260,8 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     )
     run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
     run.keep(files, experiment.checkpoint.save_state)
+    if experiment.checkpoint.load_training_state:
+        run.begin = partial(_begin, training, files, [*run.parameters])
     run.check_room()
     if mesh.world.first:
         run.writers += _writers(experiment)
@@ -248,6 +270,22 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         (training.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     done, _ = run.go(None, stopping)
     return done
+
+
+def _begin(
+    training: Training, files: Checkpoints, trained: Sequence[str], state: Mapping[str, Tensor]
+) -> int:
+    """Fill a run's state with that of the training whose weights it begins with; its step.
+
+    Raises:
+        CheckpointError: it is another model's, or lacks files.
+    """
+    names = sorted(map(files.tensors.released, trained), key=training.part("trainer").order)
+    stored = open_state(training.network.source.files[0], names)
+    step = files.restore(stored, state)
+    if training.mesh.world.first:
+        log.info("%s: going on from step %d; its clips begin anew", stored.path, step)
+    return step
 
 
 def _writers(experiment: Experiment) -> Iterator[Writer]:
@@ -440,22 +478,10 @@ def _clips(
     return open_clips(folder, window, transform, texts=texts, cache=cache, ranks=world)
 
 
-def _rate(experiment: Experiment) -> Rate:
-    settings, peak, steps = (
-        experiment.scheduler,
-        experiment.optimizer.lr,
-        experiment.trainer.max_iter,
-    )
-    if settings.warmup > steps:
-        log.warning(
-            "scheduler.warmup is %d, more than the run's %d steps: the learning rate never reaches "
-            "%g",
-            settings.warmup,
-            steps,
-            peak,
-        )
+def _rate(experiment: Experiment) -> Cosine | Linear:
+    settings, peak = experiment.scheduler, experiment.optimizer.lr
     if settings.kind == "cosine":
-        decay = settings.decay or steps
+        decay = settings.decay or experiment.trainer.max_iter
         return Cosine(peak=peak, warmup=settings.warmup, decay=decay, floor=peak * settings.end)
     return Linear(
         peak=peak,
@@ -469,6 +495,14 @@ def _rate(experiment: Experiment) -> Rate:
 
 def _loop(experiment: Experiment) -> LoopConfig:
     trainer, optimizer, files = experiment.trainer, experiment.optimizer, experiment.checkpoint
+    if experiment.scheduler.warmup > trainer.max_iter:
+        log.warning(
+            "scheduler.warmup is %d, more than the run's %d steps: the learning rate never reaches "
+            "%g",
+            experiment.scheduler.warmup,
+            trainer.max_iter,
+            optimizer.lr,
+        )
     return LoopConfig(
         steps=trainer.max_iter,
         rate=_rate(experiment),
@@ -486,19 +520,22 @@ def _loop(experiment: Experiment) -> LoopConfig:
     )
 
 
-def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterCheckpoints]:
+def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
     """The step's module with its weights, how it is shared, and the files of its checkpoints."""
     network, mesh, lora = training.network, training.mesh, training.experiment.lora
     whole = shapes_of(network.kind, network.config)
     compute = Compute(training.device, torch.float32, torch.float32, False, mesh=mesh)
-    part = network
+    inside = network.adapters if lora.rank else ()  # of weights that hold one, which goes on
+    part = network = network.bare() if inside else network
     if mesh.layout.tp > 1:
         part = replace(network.part(compute), source=cut(network.source, mesh.tp))
-    model = part.read(training.device, training.dtype if lora.rank else torch.float32)
+    model = part.read(training.device, training.dtype if lora.rank else training.state)
     adapted = {}
     if lora.rank:
         draws = generator(training.experiment.trainer.seed, 0, stream=2)
         adapted = add_adapters(model, _lora(training), draws)
+        for adapter in inside:
+            restore(adapted, adapter)
     else:
         model.requires_grad_(True)
     step = training.module.make_step(model, training.recipe, training.grid, network)
@@ -506,6 +543,8 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterChec
     if lora.rank:
         for name, parameter in step.named_parameters():
             parameter.requires_grad_(name.endswith((".down", ".up")))
+    for parameter in trainable(step).values():
+        parameter.data = parameter.data.to(training.state)
     blocks = step.BLOCKS
     if training.checkpointed:
         for block in model.get_submodule(blocks).children():
@@ -519,9 +558,7 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints | AdapterChec
         whole=whole,
         plan=network.shards,
     )
-    if adapted:
-        return step, sharded, _adapter_files(training, adapted)
-    return step, sharded, _checkpoints(training, step, sharded.cut)
+    return step, sharded, _checkpoints(training, step, sharded.cut, adapted)
 
 
 def _lora(training: Training) -> LoRARecipe:
@@ -531,8 +568,7 @@ def _lora(training: Training) -> LoRARecipe:
         InputError: a target names no layer.
     """
     settings, network = training.experiment.lora, training.network
-    package = FAMILIES[training.opened.family.name]
-    recipe: LoRARecipe = import_module(f"{package}.weights").LORA
+    recipe: LoRARecipe = training.part("weights").LORA
     chosen = replace(recipe, rank=settings.rank, scale=settings.scale)
     if not settings.targets:
         return chosen
@@ -553,17 +589,6 @@ def _lora(training: Training) -> LoRARecipe:
                 f"with {', '.join(known[:20])}"
             )
     return replace(chosen, targets=tuple(name for names in matched.values() for name in names))
-
-
-def _adapter_files(training: Training, adapted: Mapping[str, Any]) -> AdapterCheckpoints:
-    experiment = training.experiment
-    halves = {
-        name: tuple(f"network.{name.removesuffix('.weight')}.{half}" for half in ("down", "up"))
-        for name in adapted
-    }
-    kind = "average" if experiment.average.enabled else "weights"
-    keys = training.network.keys
-    return AdapterCheckpoints(training.folder, kind, halves, experiment.lora.scale, keys)  # type: ignore[arg-type]
 
 
 def _device_mesh(training: Training) -> DeviceMesh:
@@ -657,27 +682,63 @@ class _Batches:
         return torch.cat([embedded[caption] for caption in captions])
 
 
-def _checkpoints(training: Training, step: nn.Module, axes: Mapping[str, int]) -> Checkpoints:
-    """Files of checkpoints, and how tensors are named in them; `axes` as of `Sharded.cut`."""
-    network, files = training.network, training.module
-    buffers = {name: tensor.cpu() for name, tensor in step.named_buffers()}
+def _checkpoints(
+    training: Training, step: nn.Module, axes: Mapping[str, int], adapted: Collection[str] = ()
+) -> Checkpoints:
+    """Files of checkpoints, and how tensors are named in them.
+
+    Args:
+        training: the run.
+        step: its module.
+        axes: as of `Sharded.cut`.
+        adapted: names of the matrices with adapters; none where all weights are trained.
+    """
+    network, files, experiment = training.network, training.module, training.experiment
+    weights, trainer = training.part("weights"), training.part("trainer")
     keys = network.layouts[0] if network.layouts else network.keys  # whatever those of the source
-    released = partial(files.released_name, keys)
-    named = {released(name): tensor for name, tensor in buffers.items()}
+
+    def released(name: str) -> str:
+        inner = name.removeprefix("network.")
+        if inner == name:
+            return str(files.released_name(keys, name))
+        return adapted_name(keys, weights.LORA.ends, inner)
+
+    buffers = {released(name): tensor.cpu() for name, tensor in step.named_buffers()}
     if network.keys is keys:  # what decides a model beside its weights
         for name in network.source.tensors:
             if fnmatchcase(bare := name.removeprefix(keys.prefixes[0]), files.BESIDE):
-                named[f"{keys.prefixes[0]}{bare}"] = network.source.read(name)
-    averaged = training.experiment.average.enabled
-    chosen = [ModelFile(*each) for each in files.MODEL_FILES]
-    if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
-        chosen += [ModelFile(file.name, "iteration") for file in chosen]
-    return Checkpoints(
-        training.folder,
-        tuple(file for file in chosen if averaged or file.kind != "average"),
-        files.LATEST,
-        released,
-        named,
-        training.mesh.tp,
-        axes,
-    )
+                buffers[f"{keys.prefixes[0]}{bare}"] = network.source.read(name)
+    names = Names(released, training.mesh.tp, axes, buffers)
+    averaged, latest = experiment.average.enabled, files.LATEST
+    chosen: list[Form] = []
+    if adapted:
+        stems = {name: f"network.{name.removesuffix('.weight')}" for name in adapted}
+        halves = {name: (f"{stem}.down", f"{stem}.up") for name, stem in stems.items()}
+        diffusers = getattr(weights, "DIFFUSERS_KEYS", None)
+        chosen = [
+            AdapterFolder(
+                "average" if averaged else "weights", halves, experiment.lora.scale, keys, diffusers
+            )
+        ]
+    if experiment.checkpoint.format == "reference":
+        trained = tuple(name for name, each in step.named_parameters() if each.requires_grad)
+        settings = partial(_settings, experiment, bool(adapted))
+        form = trainer.files, trainer.order, trainer.MOMENTS
+        chosen.append(ReferenceFiles(*form, names, trained, settings, averaged))
+    elif adapted:
+        latest = "iter_{step:09}_adapter"
+    else:
+        listed = [ModelFile(*each, names) for each in files.MODEL_FILES]  # type: ignore[call-arg]
+        listed = [each for each in listed if averaged or each.kind != "average"]
+        if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
+            listed += [replace(each, kind="iteration") for each in listed]
+        chosen = [*listed]
+    return Checkpoints(training.folder, tuple(chosen), latest, names)
+
+
+def _settings(experiment: Experiment, adapter: bool, step: int) -> dict[str, Any]:
+    """What released trainers note of a step beside tensors."""
+    optimizer, rate = experiment.optimizer, _rate(experiment)
+    facts = {"lr": rate(step), "initial_lr": optimizer.lr, "betas": optimizer.betas}
+    facts |= {"eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+    return {"optimizer": facts, "schedule": rate.released, "adapter": adapter}

@@ -243,14 +243,17 @@ class Unpickler(pickle._Unpickler):
 
 # kind, name -> (bytes from the start of the file, meta tensor), nesting, beside: of a `Checkpoint`
 Pickled = tuple[str, dict[str, tuple[int, Tensor]], str, tuple[str, ...]]
+# file, kind, byte order, unpickled objects, starts of their storages -> what is taken of them
+Collect = Callable[[Path, str, str, object, dict[str, int]], Pickled]
 
 
-def open_pickled(path: Path) -> Pickled:
-    """Open a zip archive, or a file from before PyTorch 1.6."""
+def open_pickled(path: Path, collect: Collect | None = None) -> Pickled:
+    """Open a zip archive, or a file from before PyTorch 1.6; by default, the weights in it."""
     try:
         with path.open("rb") as file:
             zipped = file.peek(2).startswith(b"PK")
-            return read_zip(path, file) if zipped else _read_legacy(path, file)
+            read = read_zip if zipped else _read_legacy
+            return read(path, file, collect or _collect)
     except CheckpointError:
         raise
     except OSError as error:
@@ -262,7 +265,7 @@ def open_pickled(path: Path) -> Pickled:
         ) from error
 
 
-def read_zip(path: Path, file: BinaryIO) -> Pickled:
+def read_zip(path: Path, file: BinaryIO, collect: Collect | None = None) -> Pickled:
     """Open a zip archive; nothing in it is inflated, and sizes are checked before bytes are read.
 
     The file is `path`, or a view of an archive inside it, in which positions are counted.
@@ -309,7 +312,8 @@ def read_zip(path: Path, file: BinaryIO) -> Pickled:
             ((start, unpickler.storages[key].nbytes) for key, start in starts.items()), size
         )
         torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
-        return _collect(path, "jit" if torchscript else "pt", byteorder, value, starts)
+        kind = "jit" if torchscript else "pt"
+        return (collect or _collect)(path, kind, byteorder, value, starts)
 
 
 def largest_pickle(nbytes: int) -> int:
@@ -325,7 +329,7 @@ def refuse_overlaps(extents: Iterable[tuple[int, int]], nbytes: int) -> None:
             raise ValueError(f"byte {start:,} is in two tensors, or behind the end")
 
 
-def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
+def _read_legacy(path: Path, file: BinaryIO, collect: Collect) -> Pickled:
     size = path.stat().st_size
     head = io.BytesIO(file.read(limit := largest_pickle(size)))
     try:
@@ -351,7 +355,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
         if numel * dtype.itemsize != nbytes:
             raise ValueError(f"storage {key} has {numel:,} elements")
     byteorder = "little" if machine.get("little_endian", True) else "big"
-    return _collect(path, "pt", byteorder, value, starts)
+    return collect(path, "pt", byteorder, value, starts)
 
 
 def _collect(
@@ -361,8 +365,7 @@ def _collect(
 
     Where several are left, such as weights and averaged ones, names begin with their keys.
     """
-    if byteorder != sys.byteorder:
-        raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
+    _refuse_order(path, byteorder)
     nesting: list[str] = []
     beside: list[str] = []
     while isinstance(value, dict):
@@ -390,6 +393,21 @@ def _collect(
             if isinstance(item, Inert) and item.refuse is not None:
                 item.refuse()
     return kind, tensors, ".".join(nesting), tuple(beside)
+
+
+def everything(
+    path: Path, kind: str, byteorder: str, value: object, starts: dict[str, int]
+) -> Pickled:
+    """All tensors of unpickled objects by their dotted places, those of training state too."""
+    _refuse_order(path, byteorder)
+    found: Iterator[tuple[str, Any]] = _nested(value)
+    tensors = {n: (starts[item.storage.key] + item.offset, item.meta) for n, item in found}
+    return kind, tensors, "", ()
+
+
+def _refuse_order(path: Path, byteorder: str) -> None:
+    if byteorder != sys.byteorder:
+        raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
 
 
 def _is_tensor(item: object) -> bool:

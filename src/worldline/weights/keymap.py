@@ -92,7 +92,6 @@ class LoRARecipe:
         start: distribution of down before the first step: "normal", of deviation 1 / rank, or
             "uniform", up to columns ** -0.5; up is 0.
         ends: of the names of down and up.
-        nested: whether weights are saved as "model", beside averaged adapters as "ema".
     """
 
     targets: tuple[str, ...]
@@ -100,7 +99,6 @@ class LoRARecipe:
     scale: float = 1.0
     start: Literal["normal", "uniform"] = "uniform"
     ends: tuple[str, str] = (".lora_A.default.weight", ".lora_B.default.weight")
-    nested: bool = False
 
 
 def match(

@@ -141,6 +141,14 @@ class Network(Generic[Config]):
         source = replace(self.source, entries=entries)
         return replace(self, source=source, adapters=(*self.adapters, adapter))
 
+    def bare(self) -> Self:
+        """The same network without its adapters."""
+        entries = {
+            name: entry.base if isinstance(entry, MergedTensor) else entry
+            for name, entry in self.source.entries.items()
+        }
+        return replace(self, source=replace(self.source, entries=entries), adapters=())
+
     @property
     def path(self) -> Path:
         return self.source.path
@@ -382,7 +390,7 @@ def distributed_files(folder: Path) -> list[str]:
     """
     levels = (islice(folder.glob("*/" * level), _MOST_FOLDERS) for level in (1, 2, 3))
     paths = filter(Path.is_file, (path / METADATA for path in chain([folder], *levels)))
-    names = [path.relative_to(folder) for path in paths if path.parent.name not in TRAINING_STATE]
+    names = [path.relative_to(folder) for path in paths if not _is_state(path.parent)]
     runs = sorted({re.sub(r"\d+", "*", str(name.parent)) for name in names})
     if len(runs) > 1:
         raise CheckpointError(
@@ -396,6 +404,11 @@ def distributed_files(folder: Path) -> list[str]:
             raise _missing(folder, latest)
     names.sort(key=lambda name: [*map(int, re.findall(r"\d+", str(name)))])
     return [str(name) for name in names[-1:]]
+
+
+def _is_state(folder: Path) -> bool:
+    """Whether a folder is of a training's state: a trainer's, or one of ours."""
+    return folder.name in TRAINING_STATE or folder.suffix == ".state"
 
 
 def find_files(

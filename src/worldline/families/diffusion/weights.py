@@ -61,7 +61,6 @@ LORA = LoRARecipe(
     rank=8,
     start="normal",
     ends=("_lora.net.0.weight", "_lora.net.1.weight"),
-    nested=True,
 )
 
 

@@ -1,0 +1,48 @@
+"""Files of the released trainer of the flow transformer: distributed checkpoints.
+
+Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/checkpointer/dcp.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from worldline.weights.trainings import WRAPPED, TrainerState
+
+MOMENTS = torch.bfloat16
+STATE = torch.bfloat16  # of weights and moments while it trains
+_NETWORK = "net."
+
+
+def order(name: str) -> tuple[int, ...]:
+    """Place of a released name among those that the optimizer numbers, which it does not."""
+    return ()
+
+
+def files(state: TrainerState) -> dict[str, Any]:
+    """Names and contents of the folders of a step."""
+    whole = torch.zeros((), dtype=torch.int64)
+    counters = {"accum_video_sample_counter": whole, "accum_image_sample_counter": whole}
+    counters |= {"accum_iteration": whole + state.step, "accum_train_in_hours": torch.tensor(0.0)}
+    weights = {f"{_NETWORK}{name}": tensor for name, tensor in counters.items()}
+    weights = {n: t.bfloat16() if t.is_floating_point() else t for n, t in weights.items()}
+    weights |= state.weights
+    model = dict(weights)
+    if state.average:
+        wide = {n: t.float() if t.is_floating_point() else t for n, t in weights.items()}
+        for name, tensor in (wide | dict(state.average)).items():
+            model[f"net_ema.{name.removeprefix(_NETWORK)}"] = tensor
+    # PEFT wraps a network with an adapter, and only names of weights lose the wrapper
+    outer = f"{_NETWORK}{WRAPPED}" if state.adapter else _NETWORK
+    optimizer: dict[str, Any] = {}
+    for name, kinds in state.steps().items():
+        inner = f"{outer}{name.removeprefix(_NETWORK)}"
+        optimizer |= {f"state.{inner}.{kind}": each for kind, each in kinds.items()}
+        optimizer |= {f"param_groups.{inner}.{key}": each for key, each in state.adamw().items()}
+    scheduler = state.scheduler()
+    scheduler.pop("lr_lambdas", None)  # empty, which a distributed checkpoint does not hold
+    folders = {"model": model, "optim": optimizer, "scheduler": scheduler}
+    folders["trainer"] = {"iteration": state.step}
+    return {f"{state.name}/{kind}": each for kind, each in folders.items()}
