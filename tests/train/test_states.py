@@ -107,9 +107,37 @@ def test_what_cannot_be_written_leaves_the_last(
 
     monkeypatch.setattr(os, "fsync", full)
     states.save(2, tensors(2), {})
-    with pytest.raises(Error, match="cannot be written"):
+    named = r"step 2 cannot be written: No space left on device; iter_000000001\.state is whole"
+    with pytest.raises(Error, match=named):
         states.wait()
     assert [path.name for path in tmp_path.iterdir()] == [states.path(1).name]
+
+
+def test_a_kill_while_pruning_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is beside a state goes first, so that the next run finds the rest by the state."""
+    (tmp_path / "1").touch()
+    states = States(tmp_path, removed=lambda step: (tmp_path / str(step)).unlink())
+    states.save(1, tensors(1), {})
+    states.wait()
+
+    def kill(path: Path, target: Path) -> None:
+        if path == states.path(1):
+            raise OSError(5, "Input/output error")
+        replace(path, target)
+
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", kill)
+    states.save(2, tensors(2), {})
+    with pytest.raises(Error, match="iter_000000002.state is whole"):
+        states.wait()
+    assert not (tmp_path / "1").exists()
+    monkeypatch.undo()
+    again = States(tmp_path, removed=lambda step: (tmp_path / str(step)).unlink(missing_ok=True))
+    again.save(3, tensors(3), {})
+    again.wait()
+    assert again.steps() == [3]
 
 
 def test_no_room_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

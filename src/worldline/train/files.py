@@ -115,7 +115,7 @@ class ModelFile:
         else:
             content = self.tensors.collect(tensors(self.kind), self.dtype, writes)
             content |= self.tensors.beside(self.dtype)
-        return {self._name(step, tp.rank): partial(torch.save, content)} if writes else {}
+        return {self._name(step, tp.rank): partial(_pickle, content)} if writes else {}
 
     def _name(self, step: int, rank: int) -> str:
         name = self.name.format(step=step)
@@ -217,13 +217,18 @@ class ReferenceFiles:
         return TrainerState(step, **self.settings(step), rank=tp.rank, count=tp.count)
 
 
+def _pickle(content: Any, path: Path) -> None:
+    with path.open("wb") as file:  # by whose name torch would hide why it cannot be written
+        torch.save(content, file)
+
+
 def _save(name: str, content: Any, path: Path) -> None:
     """Write what a trainer does: by PyTorch, as JSON, or as a distributed checkpoint."""
     suffix = Path(name).suffix
     if suffix == ".json":
         path.write_text(json.dumps(content))
     elif suffix:
-        torch.save(content, path)
+        _pickle(content, path)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is one process

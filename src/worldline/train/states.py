@@ -170,12 +170,10 @@ class States:
         except BaseException as error:  # torch's own is no Exception
             if self._ranks.first:
                 remove(temporary)
-            [reason, *_] = [one for one, _ in getattr(error, "failures", {}).values()] or [error]
-            reason = strerror(reason) if isinstance(reason, OSError) else one_line(reason)
             kept = [self.path(each).name for each in self.steps()[-1:]]
             whole = f"; {kept[0]} is whole, and the run goes on from it" if kept else ""
             raise Error(
-                f"{self.folder}: the state of step {step} cannot be written: {reason}{whole}"
+                f"{self.folder}: the state of step {step} cannot be written: {_reason(error)}{whole}"
             ) from error
 
     def _prune(self, newest: int) -> None:
@@ -183,8 +181,8 @@ class States:
         steps = sorted({*self._written, *self.steps()})
         for step in [step for step in steps if step <= newest][: -max(1, self.keep_last)]:
             if not (self.keep_every and step % self.keep_every == 0) and self._ranks.first:
+                self.removed(step)  # first: a state is found again, by the next run too
                 self._remove(step)
-                self.removed(step)
 
     def _remove(self, step: int) -> None:
         """Remove a state, which has no name while that takes its time."""
@@ -229,6 +227,17 @@ class States:
         with _quiet():
             dcp.load(dict(tensors), storage_reader=reader, **_together(self.ranks))
         return facts
+
+
+def _reason(error: BaseException) -> str:
+    """The system's reason behind an error of torch, which names a position; else its own words."""
+    behind = [error]
+    for one in behind:  # which grows
+        if isinstance(one, OSError):
+            return strerror(one)
+        behind += [failure for failure, _ in getattr(one, "failures", {}).values()]
+        behind += [one.__context__] if one.__context__ else []
+    return one_line(behind[1] if hasattr(error, "failures") else error)
 
 
 def _together(ranks: Axis) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""Files of checkpoints: their names, what is removed of them, and bf16 states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worldline.errors import CheckpointError
+from worldline.parallel.mesh import ALONE, Axis
+from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles
+from worldline.train.optim import make_optimizer
+from worldline.weights.trainings import open_state
+
+FAMILIES = ("autoregressive", "diffusion", "predict2_5")
+# one released name of each family
+NAMES = {
+    "autoregressive": "model.layers.3.attention.wq.weight",
+    "diffusion": "net.final_layer.linear.weight",
+    "predict2_5": "net.blocks.5.self_attn.q_proj.weight",
+}
+
+
+def tensors(kind: str) -> Iterator[tuple[str, Tensor]]:
+    """One parameter of two rows, of other numbers in each kind."""
+    kinds = ("weights", "average", "exp_avg", "exp_avg_sq")
+    yield "a", torch.full((2, 3), 1.0 + kinds.index(kind))
+
+
+def checkpoints(folder: Path, family: str, tp: Axis = ALONE.tp, adapter: bool = False) -> Any:
+    """All that a family's trainer writes of one parameter, and what ours does."""
+    package = f"worldline.families.{family}"
+    trainer, objective = (import_module(f"{package}.{name}") for name in ("trainer", "objective"))
+    cut = {"a": 0} if tp.count > 1 else {}
+    names = Names(lambda name: NAMES[family], tp, cut, {})
+
+    def settings(step: int) -> dict[str, Any]:
+        rates = {"lr": 0.5, "initial_lr": 1.0, "betas": (0.9, 0.99)}
+        return {"optimizer": rates, "adapter": adapter}
+
+    form = (trainer.files, trainer.order, trainer.MOMENTS)
+    reference = ReferenceFiles(*form, names, ("a",), settings, True)
+    own = [ModelFile(*each, names) for each in objective.MODEL_FILES]  # type: ignore[call-arg]
+    return Checkpoints(folder, (*own, reference), objective.LATEST, names)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_files_of_a_step_are_removed_and_no_others(
+    tmp_path: Path, family: str, adapter: bool
+) -> None:
+    files = checkpoints(tmp_path, family, adapter=adapter)
+    for step in (3, 40):
+        files.gather(step, tensors, True)()
+    kept = {path for path in tmp_path.rglob("*") if "iter_000000040" in str(path)}
+    assert {path for path in tmp_path.rglob("*") if "iter_000000003" in str(path)}
+    files.remove(3)
+    assert {*tmp_path.rglob("*")} - {tmp_path / "latest_checkpoint.txt"} == kept
+    mine = tmp_path / "iter_000000040" / "mine.pt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.touch()
+    files.remove(40)
+    assert {*tmp_path.rglob("*")} == {tmp_path / "latest_checkpoint.txt", mine.parent, mine}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_is_read_as_it_was_written(tmp_path: Path, family: str) -> None:
+    """Moments as precise as the trainer keeps them, averages as float32, weights as bf16."""
+    files = checkpoints(tmp_path, family)
+    files.gather(12, tensors, True)()
+    place = next(path for path in sorted(tmp_path.rglob("iter_000000012*")) if "ema" not in path.name)
+    stored = open_state(place / "model" / ".metadata" if place.is_dir() else place, [NAMES[family]])
+    kinds = ["weights", "exp_avg", "exp_avg_sq"] + ["average"] * (family != "autoregressive")
+    state = {f"{kind}/a": torch.zeros(2, 3) for kind in kinds} | {"step/a": torch.zeros(())}
+    assert files.restore(stored, state) == 12
+    for kind in kinds:
+        assert torch.equal(state[f"{kind}/a"], next(tensors(kind))[1]), kind
+    assert state["step/a"] == 12
+    with pytest.raises(CheckpointError, match=r"of another there is no exp_avg;"):
+        stored.read("exp_avg", "another")
+
+
+def test_shards_hold_their_parts(tmp_path: Path) -> None:
+    for rank in range(2):
+        files = checkpoints(tmp_path, "autoregressive", Axis(rank, 2))
+        files.gather(5, tensors, True)()
+    names = {path.name for path in tmp_path.glob("iter*")}
+    assert names == {
+        "iter_000000005.pt",
+        *(
+            f"iter_000000005_{kind}_mp_{rank}.pt"
+            for kind in ("model", "optim", "scheduler")
+            for rank in range(2)
+        ),
+    }
+    part = torch.load(tmp_path / "iter_000000005_optim_mp_1.pt", weights_only=True)
+    assert part["state"][0]["exp_avg"].shape == (1, 3)
+    whole = checkpoints(tmp_path, "autoregressive")
+    state = {"exp_avg/a": torch.zeros(2, 3)}
+    stored = open_state(tmp_path / "iter_000000005_model_mp_0.pt", [NAMES["autoregressive"]])
+    whole.restore(stored, state)
+    assert torch.equal(state["exp_avg/a"], next(tensors("exp_avg"))[1])
+    files.remove(5)
+    assert not [*tmp_path.glob("iter*")]
+
+
+def test_files_of_no_training_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt: .*iter_000000200\.pt"):
+        open_state(tmp_path / "model.pt", [])
+
+
+def bf16_step(value: Tensor, rate: float, steps: int, gradient: Tensor | float) -> Any:
+    """Parameter and state after steps of one gradient, bf16 as the reference keeps them."""
+    parameter = nn.Parameter(value.to(torch.bfloat16, copy=True))
+    optimizer = make_optimizer(
+        {"a": parameter}, betas=(0.9, 0.999), weight_decay=0.05, decay_all=True
+    )
+    optimizer.defaults["lr"].fill_(rate)
+    for _ in range(steps):
+        parameter.grad = torch.zeros_like(parameter).add_(gradient)
+        optimizer.step()
+    return parameter.detach(), optimizer.state[parameter]
+
+
+@pytest.mark.parametrize(("rate", "share"), [(2e-6, 0.04), (2e-5, 0.30), (1e-4, 0.88), (1e-3, 1)])
+def test_small_updates_are_lost_in_bf16(rate: float, share: float) -> None:
+    """Shares of weights of deviation 0.02 that a step changes, as measured on the reference."""
+    torch.manual_seed(1)
+    before = (0.02 * torch.randn(40_000)).bfloat16()
+    after, _ = bf16_step(before, rate, 1, torch.randn(40_000))
+    assert (after != before).float().mean() == pytest.approx(share, abs=0.02)
+
+
+def test_moments_in_bf16() -> None:
+    """A norm's weight of one never moves; of a step all is computed in float32, rounded once."""
+    one, state = bf16_step(torch.ones(4), 1e-3, 300, 0.5)
+    assert (one == 1).all()
+    assert {each.dtype for name, each in state.items() if name != "step"} == {torch.bfloat16}
+    torch.manual_seed(2)
+    before, gradient = torch.randn(999).bfloat16(), torch.randn(999).bfloat16()
+    after, state = bf16_step(before, 0.01, 1, gradient)
+    wide = gradient.float()
+    first, second = 0.1 * wide, 0.001 * wide.square()
+    exact = before.float() * (1 - 0.01 * 0.05)
+    exact -= 0.01 * (first / 0.1) / ((second / 0.001).sqrt() + 1e-8)
+    for found, expected in (
+        (after, exact),
+        (state["exp_avg"], first),
+        (state["exp_avg_sq"], second),
+    ):
+        assert (found != expected.bfloat16()).float().mean() < 0.01
