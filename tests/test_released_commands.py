@@ -416,6 +416,50 @@ def test_parts_of_a_model(here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["worldline", "reference"])
+def test_post_training(form: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's steps from a training to a video, of the file as it is and of merged parts."""
+    monkeypatch.setenv("OUTPUT_ROOT", "outputs/runs")
+    experiment = "base_4b_example_tealrobotsmall_tp1"
+    write_video(moving(17), here / "outputs" / "clips" / "a.mp4", 25)
+    words = f"""--config=cosmos_predict1/autoregressive/configs/config.py --device cpu --
+        experiment={experiment} dataloader_train.dataset.config.dataset_dir=outputs/clips
+        dataloader_train.dataset.config.video_size=[32,48] data.num_frames=17 trainer.max_iter=2
+        trainer.precision=float32 data.num_workers=0 checkpoint.format={form}
+        optimizer.lr=0.1 scheduler.warmup=1"""
+    result = run_words(["train", *words.split()])
+    assert result.exit_code == 0, result.stderr
+    checkpoints = Path("outputs/runs/posttraining/autoregressive_base", experiment, "checkpoints")
+    file = checkpoints / "iter_000000002.pt"
+    target = Path("outputs/models/Cosmos-Predict1-4B-Base_post-trained")
+    target.mkdir(parents=True)
+    for name in ("Cosmos-Tokenize1-DV8x16x16-720p", DECODER, "Cosmos-Tokenize1-CV8x8x8-720p"):
+        (target.parent / name).symlink_to(here / "checkpoints" / name)
+    last = words_of(
+        PARTS[-1].replace("--checkpoint_dir checkpoints", "--checkpoint_dir outputs/models")
+    )
+    frames = []
+    for turn in ("copied", "merged"):
+        if turn == "copied":
+            shutil.copy(file, target / "model.pt")
+            shutil.copy(checkpoints / "config.json", target)
+        else:
+            scripts = (
+                f"scripts/shard_autoregressive_base_checkpoints.py -c {file} -t 2 -s 4b",
+                f"scripts/merge_autoregressive_tp_checkpoints.py -c {file} -t 2 -s 4b "
+                f"-o {target / 'model.pt'}",
+            )
+            for script in scripts:
+                result = run_words(words_of(script))
+                assert result.exit_code == 0, result.stderr
+        result = run_words([*last, "--seed", "1", "--disable_guardrail"])
+        assert result.exit_code == 0, result.stderr
+        report = json.loads(Path("outputs/post-trained-4b.json").read_text())
+        frames.append(report["frames_sha256"])
+    assert frames[0] == frames[1]
+
+
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_torchrun(here: Path) -> None:
     """One torchrun for all command lines, which saves the start of its processes."""

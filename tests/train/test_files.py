@@ -73,7 +73,9 @@ def test_a_state_is_read_as_it_was_written(tmp_path: Path, family: str) -> None:
     """Moments as precise as the trainer keeps them, averages as float32, weights as bf16."""
     files = checkpoints(tmp_path, family)
     files.gather(12, tensors, True)()
-    place = next(path for path in sorted(tmp_path.rglob("iter_000000012*")) if "ema" not in path.name)
+    place = next(
+        path for path in sorted(tmp_path.rglob("iter_000000012*")) if "ema" not in path.name
+    )
     stored = open_state(place / "model" / ".metadata" if place.is_dir() else place, [NAMES[family]])
     kinds = ["weights", "exp_avg", "exp_avg_sq"] + ["average"] * (family != "autoregressive")
     state = {f"{kind}/a": torch.zeros(2, 3) for kind in kinds} | {"step/a": torch.zeros(())}
