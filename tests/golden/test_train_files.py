@@ -66,7 +66,9 @@ def test_files_are_those_of_the_reference(case: Case, family: str, tmp_path: Pat
         def weights(_: str, step: nn.Module = step) -> Iterator[tuple[str, Tensor]]:
             yield from step.named_parameters()
 
-        _checkpoints(training, step, {}).gather(7, weights, True)()
+        files = _checkpoints(training, step, {})
+        files.gather(7, weights, True)()
+        files.name(7)
         found, wanted = load(tmp_path / name), load(source)
         assert found.keys() == wanted.keys()
         for key, tensor in wanted.items():
@@ -213,6 +215,7 @@ def test_trainings_are_read_and_written(case: Case, tmp_path: Path) -> None:
         count = len([*place.parent.glob(f"{place.name}_optim_mp_*.pt")]) or 1
         for rank in range(count):
             write(files, run, done, Axis(rank, count))
+        files.name(done)
         same_files(folder, place)
         latest = place.parent / "latest_checkpoint.txt"
         assert (folder / "latest_checkpoint.txt").read_text() == latest.read_text()

@@ -57,6 +57,7 @@ def test_all_files_of_a_step_are_removed_and_no_others(
     files = checkpoints(tmp_path, family, adapter=adapter)
     for step in (3, 40):
         files.gather(step, tensors, True)()
+    files.name(40)
     kept = {path for path in tmp_path.rglob("*") if "iter_000000040" in str(path)}
     assert {path for path in tmp_path.rglob("*") if "iter_000000003" in str(path)}
     files.remove(3)

@@ -130,7 +130,7 @@ def test_a_kill_while_pruning_leaves_no_files(
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", kill)
     states.save(2, tensors(2), {})
-    with pytest.raises(Error, match="iter_000000002.state is whole"):
+    with pytest.raises(Error, match=r"iter_000000002\.state is whole"):
         states.wait()
     assert not (tmp_path / "1").exists()
     monkeypatch.undo()

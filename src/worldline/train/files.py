@@ -275,11 +275,13 @@ class Checkpoints:
                     save(temporary)
                     if path.is_dir():  # of a run that went back
                         remove(path)
-            if contents and self.tensors.tp.first:
-                with replacing(self.folder / LATEST) as temporary:
-                    temporary.write_text(f"{self.latest.format(step=step)}\n")
 
         return write
+
+    def name(self, step: int) -> None:
+        """Name the newest checkpoint, once all of it and its state are on the disk."""
+        with replacing(self.folder / LATEST) as temporary:
+            temporary.write_text(f"{self.latest.format(step=step)}\n")
 
     def remove(self, step: int) -> None:
         """Remove the files of a checkpoint that is not kept, and folders that hold no others."""

@@ -197,7 +197,7 @@ class Run:
     def keep(self, files: Checkpoints, with_state: bool) -> None:
         """Write a model's files with each state, or without."""
         self.files, self.with_state = files, with_state
-        self.states.removed = files.remove
+        self.states.written, self.states.removed = files.name, files.remove
 
     def whole_tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the whole module by name, one at a time, in all processes.

@@ -42,13 +42,15 @@ class States:
         ranks: processes that write together.
         keep_last: number of the newest ones that are kept.
         keep_every: those of steps that it divides are kept, too; 0 keeps none for that.
-        removed: called in the first process, with a step that is no longer kept.
+        written: called in the first process, with a step of which all is on the disk.
+        removed: called there, too, with a step that is no longer kept.
     """
 
     folder: Path
     ranks: Axis = ALONE.world
     keep_last: int = 1
     keep_every: int = 0
+    written: Callable[[int], None] = lambda step: None
     removed: Callable[[int], None] = lambda step: None
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "state"))
     _pending: Future[None] | None = None
@@ -157,7 +159,7 @@ class States:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in self.folder.glob(".iter_*.state.*"):  # by killed processes
                     remove_stale(left.with_name(left.name[1:].partition(".state")[0] + ".state"))
-            beside()
+            self._ranks.together(beside)  # for a failure of one is that of all
             if tensors is not None:
                 writer = dcp.FileSystemWriter(temporary, sync_files=True)
                 with _quiet():
@@ -166,6 +168,8 @@ class States:
                     (temporary / FACTS).write_text(facts)
                     self._remove(step)  # of a run that went back
                     temporary.replace(self.path(step))
+            if self._ranks.first:
+                self.written(step)
             self._prune(step)
         except BaseException as error:  # torch's own is no Exception
             if self._ranks.first:
