@@ -88,20 +88,30 @@ def test_what_a_run_leaves(root: Path, videos: Path, model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_adapters(root: Path, videos: Path, model: str) -> None:
-    """An adapter is trained and written; `--lora` of the generating commands reads it."""
+@pytest.mark.parametrize(
+    ("model", "files"),
+    [
+        (MODELS[0], ()),
+        (MODELS[1], ("_model.pt", "_adapter/pytorch_lora_weights.safetensors")),
+        (MODELS[2], ("/model", "_adapter/pytorch_lora_weights.safetensors")),
+    ],
+)
+def test_adapters(root: Path, videos: Path, model: str, files: tuple[str, ...]) -> None:
+    """An adapter is trained and written in all forms, which the generating commands read alike."""
     line = words(model, videos, "lora.rank=3", "checkpoint.save_iter=1", "checkpoint.keep_last=2")
+    if files:
+        line += ["checkpoint.format=reference", "average.enabled=true"]
     assert run("--lora", *line) == 0
     checkpoints = root / RUNS / model / "checkpoints"
     first, last = (checkpoints / f"iter_{step:09}_adapter" for step in (1, 2))
-    assert (checkpoints / "latest_checkpoint.txt").read_text() == f"{last.name}\n"
+    latest = (checkpoints / "latest_checkpoint.txt").read_text()
+    assert latest.startswith("iter_000000002" if files else f"{last.name}\n")
     settings = json.loads((last / "adapter_config.json").read_text())
     assert settings["r"] == 3
     source = open_adapter(last)
     halves = [open_adapter(folder) for folder in (first, last)]
-    opened = open_world(locate(model, "checkpoints"), {})
-    adapter = opened["transformer"].match_adapter(source, 1.0)
+    network = open_world(locate(model, "checkpoints"), {})["transformer"]
+    adapter = network.match_adapter(source, 1.0)
     assert len(adapter.updates) == len(settings["target_modules"])
     name = next(name for name in source.tensors if "lora_B" in name)
     assert not torch.equal(*(half.read(name) for half in halves))
@@ -109,6 +119,52 @@ def test_adapters(root: Path, videos: Path, model: str) -> None:
         "down",
         "up",
     }
+
+    def parameters(path: Path, scale: float = 1.0) -> list[torch.Tensor]:
+        merged = network.adapted(network.match_adapter(open_adapter(path), scale))
+        return [*merged.read("cpu", torch.float32).parameters()]
+
+    base = [*network.read("cpu", torch.float32).parameters()]
+    expected = parameters(last)
+    assert not all(map(torch.equal, expected, base))
+    assert all(map(torch.equal, parameters(last, 0.0), base))
+    for end in files:
+        assert all(map(torch.equal, parameters(checkpoints / f"iter_000000002{end}"), expected))
+
+
+@pytest.mark.slow
+def test_a_run_becomes_longer(root: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With other settings it is refused, and these are named."""
+    assert run(*words(AR, videos, steps=1)) == 0
+    assert run(*words(AR, videos, "optimizer.eps=1e-3", steps=2)) == 2
+    assert "optimizer.eps was" in capsys.readouterr().err
+    assert run(*words(AR, videos, steps=2)) == 0
+    log = (root / RUNS / AR / "checkpoints" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_files_of_a_trainer(root: Path, videos: Path, tmp_path: Path) -> None:
+    """What is rounded in them decides little; of one clip, the order is the same."""
+    shutil.copy(videos / "c0.mp4", tmp_path / "c0.mp4")
+    keys = ("checkpoint.format=reference", "checkpoint.save_iter=1", "trainer.max_iter=3")
+    keys = (*keys, "scheduler.warmup=0", "optimizer.lr=1e-3")
+    assert run("--name", "whole", *words(AR, tmp_path, *keys)) == 0
+    folders = [root / RUNS / name / "checkpoints" for name in ("whole", "more")]
+    start = f"checkpoint.load_path={folders[0] / 'iter_000000002.pt'}"
+    bundled = str(locate(AR, "checkpoints").named.parent)
+    more = words(AR, tmp_path, *keys, start, "checkpoint.load_training_state=true")
+    assert run("--name", "more", "--checkpoint_dir", bundled, *more) == 0
+    logs = [
+        {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+        for path in (folder / "log.jsonl" for folder in folders)
+    ]
+    assert [*logs[1]] == [3]
+    for name in ("loss", "rate", "norm"):
+        assert logs[1][3][name] == pytest.approx(logs[0][3][name], rel=0.02), name
+    states = [read_state(folder) for folder in folders]
+    gaps = [float((states[1][n] - each).abs().mean()) for n, each in states[0].items()]
+    assert max(gaps) < 0.02
 
 
 @pytest.mark.slow

@@ -89,7 +89,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     for number, frames in enumerate((17, 18, 19)):
         frames_of_clip = moving(frames)
-        write_video(frames_of_clip[::-1] if number else frames_of_clip, folder / f"{number}.mp4", 24)
+        write_video(
+            frames_of_clip[::-1] if number else frames_of_clip, folder / f"{number}.mp4", 24
+        )
     return folder
 
 

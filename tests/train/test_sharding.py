@@ -27,7 +27,7 @@ from worldline.parallel.mesh import Axis
 from worldline.shapes import LatentShape
 from worldline.train.loop import LoopConfig, Objective, fit
 from worldline.train.optim import Cosine, Power
-from worldline.train.sharding import share
+from worldline.train.sharding import fill, share
 
 CONFIG = ARTransformerConfig(
     depth=2,
@@ -211,3 +211,28 @@ def test_a_run_goes_on_in_another_layout(
         else:
             train(Axis(), "base", tmp_path / "cut", tp=1, parts=1, stop=stop)
     check(tmp_path / "one", tmp_path / "cut")
+
+
+def filled(axis: Axis) -> dict[str, Tensor]:
+    """Weights of a shared module after whole ones were put into it."""
+    mesh = init_device_mesh("cpu", (axis.count, 1), mesh_dim_names=("dp", "tp"))
+    step = nn.Module()
+    step.network = nn.Module()
+    step.network.layers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(5, 1, bias=False)])
+    share(step, "network", mesh, blocks="layers", compute=torch.float32)
+    for name, parameter in step.named_parameters():
+        fill(parameter.detach(), numbered(name, parameter.shape))
+    named = step.named_parameters()
+    return {name: each.full_tensor().detach() for name, each in named}  # type: ignore[attr-defined]
+
+
+def numbered(name: str, shape: torch.Size) -> Tensor:
+    return torch.arange(float(shape.numel())).view(shape) + len(name)
+
+
+@pytest.mark.slow
+def test_whole_tensors_are_put_into_shared_ones(two: Together) -> None:
+    """Of three rows a process has two, the other one; of one row, one has none."""
+    for found in two(filled):
+        assert all(torch.equal(t, numbered(name, t.shape)) for name, t in found.items())
+        assert {t.shape[0] for t in found.values()} == {1, 3}

@@ -92,9 +92,10 @@ def make_optimizer(
 ) -> MuonAdamW:
     """AdamW that decays matrices and kernels, or all; Muon for some matrices.
 
-    Moments have the precision of their parameter, and exist from the start, so that a CUDA graph of a step finds them in place. Muon trains
-    the matrices whose names fit a pattern of `orthogonal`, such as `blocks.*.weight`. The learning
-    rate of all is the tensor `defaults["lr"]`, 0 at first; a graph reads it from memory.
+    Moments have the precision of their parameter, and exist from the start, so that a CUDA graph
+    of a step finds them in place. Muon trains the matrices whose names fit a pattern of
+    `orthogonal`, such as `blocks.*.weight`. The learning rate of all is the tensor
+    `defaults["lr"]`, 0 at first; a graph reads it from memory.
 
     Raises:
         ValueError: a pattern matches no matrix.

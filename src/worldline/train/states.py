@@ -175,9 +175,9 @@ class States:
             if self._ranks.first:
                 remove(temporary)
             kept = [self.path(each).name for each in self.steps()[-1:]]
-            whole = f"; {kept[0]} is whole, and the run goes on from it" if kept else ""
+            reason = _reason(error) + (f"; {kept[0]} is whole, to go on from" if kept else "")
             raise Error(
-                f"{self.folder}: the state of step {step} cannot be written: {_reason(error)}{whole}"
+                f"{self.folder}: the state of step {step} cannot be written: {reason}"
             ) from error
 
     def _prune(self, newest: int) -> None:

@@ -534,8 +534,11 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
     if lora.rank:
         draws = generator(training.experiment.trainer.seed, 0, stream=2)
         adapted = add_adapters(model, _lora(training), draws)
-        for adapter in inside:
-            restore(adapted, adapter)
+        try:
+            for adapter in inside:
+                restore(adapted, adapter)
+        except ValueError as error:
+            raise InputError(f"{error}; give its lora.rank and lora.targets") from None
     else:
         model.requires_grad_(True)
     step = training.module.make_step(model, training.recipe, training.grid, network)
