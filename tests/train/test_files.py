@@ -32,8 +32,10 @@ def tensors(kind: str) -> Iterator[tuple[str, Tensor]]:
     yield "a", torch.full((2, 3), 1.0 + kinds.index(kind))
 
 
-def checkpoints(folder: Path, family: str, tp: Axis = ALONE.tp, adapter: bool = False) -> Any:
-    """All that a family's trainer writes of one parameter, and what ours does."""
+def checkpoints(
+    folder: Path, family: str, tp: Axis = ALONE.tp, adapter: bool = False, form: str = "reference"
+) -> Any:
+    """All that a family's trainer writes of one parameter, or what ours does."""
     package = f"worldline.families.{family}"
     trainer, objective = (import_module(f"{package}.{name}") for name in ("trainer", "objective"))
     cut = {"a": 0} if tp.count > 1 else {}
@@ -43,18 +45,21 @@ def checkpoints(folder: Path, family: str, tp: Axis = ALONE.tp, adapter: bool = 
         rates = {"lr": 0.5, "initial_lr": 1.0, "betas": (0.9, 0.99)}
         return {"optimizer": rates, "adapter": adapter}
 
-    form = (trainer.files, trainer.order, trainer.MOMENTS)
-    reference = ReferenceFiles(*form, names, ("a",), settings, True)
-    own = [ModelFile(*each, names) for each in objective.MODEL_FILES]  # type: ignore[call-arg]
-    return Checkpoints(folder, (*own, reference), objective.LATEST, names)
+    kinds = trainer.files, trainer.order, trainer.MOMENTS
+    forms: list[Any] = [ReferenceFiles(*kinds, names, ("a",), settings, True)]
+    if form != "reference":
+        forms = [ModelFile(*each, names) for each in objective.MODEL_FILES]  # type: ignore[call-arg]
+    return Checkpoints(folder, tuple(forms), objective.LATEST, names)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(
+    ("form", "adapter"), [("reference", False), ("reference", True), ("worldline", False)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_files_of_a_step_are_removed_and_no_others(
-    tmp_path: Path, family: str, adapter: bool
+    tmp_path: Path, family: str, form: str, adapter: bool
 ) -> None:
-    files = checkpoints(tmp_path, family, adapter=adapter)
+    files = checkpoints(tmp_path, family, adapter=adapter, form=form)
     for step in (3, 40):
         files.gather(step, tensors, True)()
     files.name(40)

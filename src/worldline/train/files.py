@@ -214,7 +214,8 @@ class ReferenceFiles:
 
     def _state(self, step: int) -> TrainerState:
         tp = self.tensors.tp
-        return TrainerState(step, **self.settings(step), rank=tp.rank, count=tp.count)
+        settings = self.settings(step)
+        return TrainerState(step, self.average, **settings, rank=tp.rank, count=tp.count)
 
 
 def _pickle(content: Any, path: Path) -> None:

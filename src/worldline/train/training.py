@@ -351,7 +351,7 @@ def _check_state(training: Training) -> None:
     if not states.steps() and (training.folder / LATEST).exists():
         raise InputError(
             f"{training.folder} holds weights of a run and no state to go on from; give "
-            "job.name=OTHER"
+            f"job.name=OTHER, and checkpoint.load_path={training.folder} to begin with them"
         )
     if steps := states.steps():
         position = states.facts(steps[-1])["position"]

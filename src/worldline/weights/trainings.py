@@ -43,7 +43,8 @@ class TrainerState:
     Attributes:
         step: steps done.
         weights: of the network, and buffers of its files.
-        average: of what is trained, float32; none where no average is kept.
+        averaged: whether averages are kept.
+        average: of what is trained, float32.
         moments: name of what is trained -> its two moments.
         optimizer: its settings: lr, initial_lr, betas, eps, weight_decay.
         schedule: what its learning rates have beside, as the released schedulers name it.
@@ -53,6 +54,7 @@ class TrainerState:
     """
 
     step: int
+    averaged: bool
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     average: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

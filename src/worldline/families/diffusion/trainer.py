@@ -36,10 +36,10 @@ def files(state: TrainerState) -> dict[str, Any]:
         scheduler[name] = [torch.tensor(float(rate or 0)) for rate in scheduler[name]]
     if not state.adapter:
         named = {"state": moments, "param_groups": [{**settings, "params": [*moments]}]}
-        wide = {name: tensor.float() for name, tensor in state.weights.items()} | dict(
-            state.average
-        )
-        weights = {"reg": dict(state.weights)} | ({"ema": wide} if state.average else {})
+        weights = {"reg": dict(state.weights)}
+        if state.averaged:
+            both = {name: state.average.get(name, each) for name, each in state.weights.items()}
+            weights["ema"] = {name: tensor.float() for name, tensor in both.items()}
         return {
             **{f"{state.name}_{kind}_model.pt": each for kind, each in weights.items()},
             f"{state.name}_optim.pt": {"optimizer": named, "scheduler": scheduler},

@@ -30,10 +30,11 @@ def files(state: TrainerState) -> dict[str, Any]:
     weights = {n: t.bfloat16() if t.is_floating_point() else t for n, t in weights.items()}
     weights |= state.weights
     model = dict(weights)
-    if state.average:
-        wide = {n: t.float() if t.is_floating_point() else t for n, t in weights.items()}
-        for name, tensor in (wide | dict(state.average)).items():
-            model[f"net_ema.{name.removeprefix(_NETWORK)}"] = tensor
+    if state.averaged:
+        for name, tensor in weights.items():
+            wide = state.average.get(name, tensor)
+            key = f"net_ema.{name.removeprefix(_NETWORK)}"
+            model[key] = wide.float() if wide.is_floating_point() else wide
     # PEFT wraps a network with an adapter, and only names of weights lose the wrapper
     outer = f"{_NETWORK}{WRAPPED}" if state.adapter else _NETWORK
     optimizer: dict[str, Any] = {}
