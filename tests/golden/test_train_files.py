@@ -97,6 +97,7 @@ def trained(
         parameter.requires_grad_(not adapted or name.endswith((".down", ".up")))
     training: Any = SimpleNamespace(
         network=network,
+        opened=SimpleNamespace(settings={}, config=network.config),
         module=module,
         part=lambda name: import_module(f"{package}.{name}"),
         mesh=ALONE,
@@ -290,9 +291,9 @@ def same_files(folder: Path, place: Path) -> None:
     theirs |= {f"{place.name}/{p.name}": p for p in place.glob("*") if p.suffix != ".pt"}
     written = {str(p.relative_to(folder)) for p in folder.glob("*.*")}
     written |= {str(p.parent.relative_to(folder)) for p in folder.glob("*/*/.metadata")}
-    assert written - {"latest_checkpoint.txt", f"{place.name}/optim"} == {*theirs} - {
-        f"{place.name}/optim"
-    }
+    assert written - {"latest_checkpoint.txt", "config.json", f"{place.name}/optim"} == {
+        *theirs
+    } - {f"{place.name}/optim"}
     for name, path in theirs.items():
         if path.suffix == ".json":
             assert json.loads((folder / name).read_text()) == json.loads(path.read_text())

@@ -49,7 +49,7 @@ def checkpoints(
     forms: list[Any] = [ReferenceFiles(*kinds, names, ("a",), settings, True)]
     if form != "reference":
         forms = [ModelFile(*each, names) for each in objective.MODEL_FILES]  # type: ignore[call-arg]
-    return Checkpoints(folder, tuple(forms), objective.LATEST, names)
+    return Checkpoints(folder, tuple(forms), objective.LATEST, names, {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,13 @@ def test_all_files_of_a_step_are_removed_and_no_others(
     kept = {path for path in tmp_path.rglob("*") if "iter_000000040" in str(path)}
     assert {path for path in tmp_path.rglob("*") if "iter_000000003" in str(path)}
     files.remove(3)
-    assert {*tmp_path.rglob("*")} - {tmp_path / "latest_checkpoint.txt"} == kept
+    beside = {tmp_path / "latest_checkpoint.txt", tmp_path / "config.json"}
+    assert {*tmp_path.rglob("*")} - beside == kept
     mine = tmp_path / "iter_000000040" / "mine.pt"
     mine.parent.mkdir(exist_ok=True)
     mine.touch()
     files.remove(40)
-    assert {*tmp_path.rglob("*")} == {tmp_path / "latest_checkpoint.txt", mine.parent, mine}
+    assert {*tmp_path.rglob("*")} - beside - {mine.with_name("config.json")} == {mine.parent, mine}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

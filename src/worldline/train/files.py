@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from worldline.weights.lora import ADAPTER_FILES
 from worldline.weights.trainings import MOMENTS, StoredState, TrainerState
 
 dcp: Any = checkpoint  # which does not declare what it exports
+_SETTINGS = "config.json"
 LATEST = "latest_checkpoint.txt"
 
 # kind, one of weights, average, exp_avg, exp_avg_sq -> whole tensors by our names, one at a time
@@ -245,12 +245,14 @@ class Checkpoints:
         forms: of a checkpoint, in the order in which they are written.
         latest: what LATEST holds.
         tensors: their names.
+        settings: content of the config.json beside weights, wherever these lie.
     """
 
     folder: Path
     forms: tuple[Form, ...]
     latest: str
     tensors: Names
+    settings: Mapping[str, Any]
 
     def nbytes(self, counts: Mapping[str, int]) -> int:
         """Bytes of a checkpoint, of numbers of numbers by our names."""
@@ -268,6 +270,10 @@ class Checkpoints:
         for form in self.forms:
             contents |= form.gather(step, tensors, writes)
 
+        if contents and self.tensors.tp.first:
+            parents = {Path(name).parent for name in contents}
+            contents |= {str(each / _SETTINGS): self._describe for each in parents}
+
         def write() -> None:
             for name, save in contents.items():
                 path = self.folder / name
@@ -278,6 +284,9 @@ class Checkpoints:
                         remove(path)
 
         return write
+
+    def _describe(self, path: Path) -> None:
+        path.write_text(json.dumps(self.settings, indent=1) + "\n")
 
     def name(self, step: int) -> None:
         """Name the newest checkpoint, once all of it and its state are on the disk."""
@@ -290,9 +299,9 @@ class Checkpoints:
             for name in form.names(step):
                 path = self.folder / name
                 remove(path)
-                with suppress(OSError):  # it holds others, or is absent
-                    if path.parent != self.folder:
-                        path.parent.rmdir()
+                own = path.parent
+                if own != self.folder and [*own.glob("*")] == [own / _SETTINGS]:
+                    remove(own)
 
     def restore(self, stored: StoredState, state: Mapping[str, Tensor]) -> int:
         """Fill a run's state, by `kind/name`, with that of a released trainer; its step.

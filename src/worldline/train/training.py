@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -265,9 +265,6 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     run.check_room()
     if mesh.world.first:
         run.writers += _writers(experiment)
-        training.folder.mkdir(parents=True, exist_ok=True)
-        settings = training.module.settings(step.network.config, training.opened)
-        (training.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     done, _ = run.go(None, stopping)
     return done
 
@@ -686,7 +683,7 @@ class _Batches:
 
 
 def _checkpoints(
-    training: Training, step: nn.Module, axes: Mapping[str, int], adapted: Collection[str] = ()
+    training: Training, step: Any, axes: Mapping[str, int], adapted: Collection[str] = ()
 ) -> Checkpoints:
     """Files of checkpoints, and how tensors are named in them.
 
@@ -736,7 +733,8 @@ def _checkpoints(
         if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
             listed += [replace(each, kind="iteration") for each in listed]
         chosen = [*listed]
-    return Checkpoints(training.folder, tuple(chosen), latest, names)
+    settings = files.settings(step.network.config, training.opened)
+    return Checkpoints(training.folder, tuple(chosen), latest, names, settings)
 
 
 def _settings(experiment: Experiment, adapter: bool, step: int) -> dict[str, Any]:

@@ -335,6 +335,7 @@ def weights_file(
         yield from (f"transformer/{name}" for name in DIFFUSERS_FILES)
         yield from DIFFUSERS_FILES
         yield from distributed_files(path)
+        yield from whole_files(path)
 
     return find_files(path, ranked(), kind, anchors)[0]
 
@@ -404,6 +405,16 @@ def distributed_files(folder: Path) -> list[str]:
             raise _missing(folder, latest)
     names.sort(key=lambda name: [*map(int, re.findall(r"\d+", str(name)))])
     return [str(name) for name in names[-1:]]
+
+
+def whole_files(folder: Path) -> list[str]:
+    """Files that stand for the newest distributed checkpoint of a training, averages first."""
+    return [
+        str(path.relative_to(folder))
+        for place in (folder, folder / "checkpoints")
+        for name in ("model_ema_bf16.pt", "model.pt")
+        if (path := place / f"iter_{_latest(place) or 0:09}" / name).is_file()
+    ]
 
 
 def _is_state(folder: Path) -> bool:
