@@ -151,7 +151,8 @@ def open_state(file: Path, trained: Sequence[str]) -> StoredState:
     if found is None:
         raise CheckpointError(f"{file}: its name is none of a training, such as iter_000000200.pt")
     ranks: dict[int, dict[tuple[str, str], Source]] = {}
-    paths = [*found.parent.glob(f"{found.name}*.pt")]
+    paths = [*found.parent.glob(f"{found.name}.pt"), *found.parent.glob(f"{found.name}_*.pt")]
+    paths = [path for path in paths if "_RANK" not in path.name]  # averages of other lengths
     paths += [path for name in ("model", "optim") if (path := found / name / METADATA).is_file()]
     for path in sorted(paths):
         rank = _RANK.search(path.name)
