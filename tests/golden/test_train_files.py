@@ -205,7 +205,9 @@ def test_trainings_are_read_and_written(case: Case, tmp_path: Path) -> None:
     for number, (family, place) in enumerate(places):
         folder, source = tmp_path / str(number), weights_of(place)
         adapted = adapter_of(source, family)
-        averaged = bool(adapted) or family != "autoregressive"
+        inside = contents(source.parent if source.name == ".metadata" else source)
+        averaged = place.with_name(f"{place.name}_ema_model.pt").is_file()
+        averaged |= any(name.startswith(("ema.", "net_ema.")) for name in inside)
         stated = {
             "average": {"enabled": averaged},
             "checkpoint": {"format": "reference"},

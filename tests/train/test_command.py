@@ -15,11 +15,13 @@ import pytest
 import torch
 import yaml
 
+from tests.cli.results import check_mentions
 from tests.states import read_state
 from worldline.cli.main import main
 from worldline.locate import locate
 from worldline.opening import open_world
 from worldline.video.write import write_video
+from worldline.weights.checkpoint import save
 from worldline.weights.networks import open_adapter
 
 MODELS = (
@@ -96,8 +98,18 @@ def test_what_a_run_leaves(root: Path, videos: Path, model: str) -> None:
         (MODELS[2], ("/model", "_adapter/pytorch_lora_weights.safetensors")),
     ],
 )
-def test_adapters(root: Path, videos: Path, model: str, files: tuple[str, ...]) -> None:
-    """An adapter is trained and written in all forms, which the generating commands read alike."""
+def test_adapters(
+    root: Path,
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    files: tuple[str, ...],
+) -> None:
+    """An adapter is trained and written in all forms, which the generating commands read alike.
+
+    It does not go on with other weights.
+    """
     line = words(model, videos, "lora.rank=3", "checkpoint.save_iter=1", "checkpoint.keep_last=2")
     if files:
         line += ["checkpoint.format=reference", "average.enabled=true"]
@@ -130,6 +142,14 @@ def test_adapters(root: Path, videos: Path, model: str, files: tuple[str, ...]) 
     assert all(map(torch.equal, parameters(last, 0.0), base))
     for end in files:
         assert all(map(torch.equal, parameters(checkpoints / f"iter_000000002{end}"), expected))
+
+    other = tmp_path / "other" / "model.safetensors"
+    shutil.copytree(network.path.parent, other.parent)
+    tensors = {n: network.source.read(n) for n in network.source.tensors}
+    save({n: tensor + 1 if tensor.ndim == 1 else tensor for n, tensor in tensors.items()}, other)
+    bundled = str(locate(model, "checkpoints").named.parent)
+    assert run("--lora", "--checkpoint_dir", bundled, *line, f"checkpoint.load_path={other}") == 2
+    check_mentions(capsys.readouterr().err, f"{other} load_path job.name=OTHER")
 
 
 @pytest.mark.slow

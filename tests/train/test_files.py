@@ -118,6 +118,21 @@ def test_shards_hold_their_parts(tmp_path: Path) -> None:
     assert not [*tmp_path.glob("iter*")]
 
 
+def test_a_training_of_fewer_parameters_does_not_go_on(tmp_path: Path) -> None:
+    """Numbers of its optimizer stand for other ones; shards that lack one have no state."""
+    checkpoints(tmp_path, "autoregressive").gather(5, tensors, True)()
+    with pytest.raises(CheckpointError, match="has not 0 parameters"):
+        open_state(tmp_path / "iter_000000005.pt", [])
+    for rank in range(2):
+        checkpoints(tmp_path, "autoregressive", Axis(rank, 2)).gather(6, tensors, True)()
+    (tmp_path / "iter_000000006_optim_mp_1.pt").unlink()
+    name = NAMES["autoregressive"]
+    stored = open_state(tmp_path / "iter_000000006_model_mp_0.pt", [name])
+    assert stored.read("weights", name).shape == (2, 3)
+    with pytest.raises(CheckpointError, match="there is no exp_avg_sq"):
+        stored.read("exp_avg_sq", name)
+
+
 def test_files_of_no_training_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"model\.pt: .*iter_000000200\.pt"):

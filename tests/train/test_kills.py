@@ -27,9 +27,9 @@ KILLS = int(os.environ.get("WORLDLINE_KILLS", 3))  # of each family
 STEPS = 3 + 3 * KILLS
 # model, its folder's fixture, and keys
 RUNS = {
-    "autoregressive": (MODEL, "small_world", "data.video_size=[32,48] data.num_frames=17"),
-    "diffusion": (VIDEO2WORLD, "tiny_diffusion", "data.video_size=[32,48] data.num_frames=9"),
-    "predict2.5": (POST.name, "tiny_predict2_5", "data.video_size=[32,48] data.num_frames=9"),
+    "autoregressive": (MODEL, "small_world", "data.num_frames=17 trainer.reference_state=true"),
+    "diffusion": (VIDEO2WORLD, "tiny_diffusion", "data.num_frames=9"),
+    "predict2.5": (POST.name, "tiny_predict2_5", "data.num_frames=9"),
 }
 # imports what a run needs once, and forks for each line of words
 SERVER = """
@@ -144,7 +144,7 @@ def test_kills_at_any_moment(
     line += ["--max_steps", str(STEPS), "--"]
     line += ["trainer.precision=float32", "trainer.logging_iter=1", "data.num_workers=0"]
     line += ["checkpoint.save_iter=1", "checkpoint.keep_last=2", "checkpoint.format=reference"]
-    line += ["average.enabled=true", *keys.split()]
+    line += ["average.enabled=true", "data.video_size=[32,48]", *keys.split()]
     whole, cut = (server[1] / "posttraining/worldline" / f"{family}-{n}" for n in ("whole", "cut"))
     begun = time.monotonic()
     server[0].start(["--name", whole.name, *line])

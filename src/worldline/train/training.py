@@ -253,7 +253,7 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         loss=step,
         watch=watch if data.held_out is not None and every else None,
         watch_every=every or 1,
-        position=lambda: {"data": data.loader.state(), "experiment": experiment.to_json()},
+        position=lambda: {"data": data.loader.state(), **_identity(training)},
         restore=partial(_restore, training, data.loader),
         named=data.named,
         speed=partial(_speed, training),
@@ -353,11 +353,23 @@ def _check_state(training: Training) -> None:
     if steps := states.steps():
         position = states.facts(steps[-1])["position"]
         _same(training, position["experiment"])
+        if position.get("base", []) != _identity(training)["base"]:
+            raise InputError(
+                f"{training.folder} holds states of an adapter of other weights than those of "
+                f"{training.network.path}; set checkpoint.load_path back, or give job.name=OTHER"
+            )
         if position["data"]["data"] != training.clips.fingerprint:
             raise InputError(
                 f"{training.folder} holds states of a run on other clips than those of "
                 f"{training.experiment.data.dataset_dir}; give these back, or job.name=OTHER"
             )
+
+
+def _identity(training: Training) -> dict[str, Any]:
+    """What a state is of: an experiment and, of an adapter, weights that no state has."""
+    files = training.network.source.files if training.experiment.lora.rank else ()
+    base = [digest(path, sampled=True) for path in files]
+    return {"experiment": training.experiment.to_json(), "base": base}
 
 
 def _same(training: Training, before: Mapping[str, Any]) -> None:

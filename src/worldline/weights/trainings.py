@@ -24,6 +24,7 @@ from worldline.weights.checkpoint import (
     ShardedTensor,
     Source,
     open_checkpoint,
+    refuse_nonfinite,
     sharded_axes,
 )
 from worldline.weights.names import with_dots
@@ -116,15 +117,17 @@ class StoredState:
         Raises:
             CheckpointError: there is none, as in files of another training.
         """
-        entry = self.entries.get((kind, name))
+        entry, weight = (self.entries.get((each, name)) for each in (kind, "weights"))
         if entry is None and kind == "average" and not self._has(kind):
-            return self.read("weights", name)
-        if entry is None:
+            entry = weight
+        if entry is None or weight is None or entry.meta.shape != weight.meta.shape:
             raise CheckpointError(
                 f"{self.path}: of {name} there is no {kind}; it is the training of another model "
                 "or adapter, or its optimizer's files are absent (checkpoint.load_training_state)"
             )
-        return entry.read()
+        value = entry.read()
+        refuse_nonfinite(entry.path, name, value)
+        return value
 
     def _has(self, kind: str) -> bool:
         return any(each == kind for each, _ in self.entries)
@@ -160,13 +163,25 @@ def open_state(file: Path, trained: Sequence[str]) -> StoredState:
         for name, entry in _open(path).items():
             place |= dict.fromkeys(_keys(path, name, trained), entry)
     first, *others = (ranks[rank] for rank in sorted(ranks))
+    if any(kind == MOMENTS[0] and not name for kind, name in first):
+        raise CheckpointError(
+            f"{found}: its optimizer has not {len(trained):,} parameters, as the run; such a "
+            "training does not go on (checkpoint.load_training_state)"
+        )
     entries = dict(first)
     if others:
-        for key in others[0]:
-            axis = sharded_axes(key[1])[0] if sharded_axes(key[1]) and key[0] != "step" else None
-            parts = tuple(each[key] for each in (first, *others))
-            entries[key] = ShardedTensor(f"{found}: {key[1]}", parts, axis)
+        shared = [key for key in first if all(key in each for each in others)]
+        entries = {
+            key: _join(found, key, [first[key], *(o[key] for o in others)]) for key in shared
+        }
     return StoredState(found, entries)
+
+
+def _join(place: Path, key: tuple[str, str], parts: Sequence[Source]) -> ShardedTensor:
+    """A tensor of processes that share layers."""
+    kind, name = key
+    axes = sharded_axes(name) if kind != "step" else []
+    return ShardedTensor(f"{place}: {kind} of {name}", tuple(parts), axes[0] if axes else None)
 
 
 def _open(path: Path) -> Mapping[str, Source]:
