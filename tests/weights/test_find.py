@@ -197,6 +197,22 @@ def test_distributed_checkpoints_of_a_training(tmp_path: Path) -> None:
         open_weights(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_whole_files_of_a_training(tmp_path: Path) -> None:
+    """Averages of the newest step; states beside them are none."""
+    run = tmp_path / "checkpoints"
+    for number in (3, 12):
+        put(run / f"iter_{number:09}" / "model.pt", {n: t + number for n, t in MODEL.items()})
+        dcp.save(MODEL, checkpoint_id=str(run / f"iter_{number:09}.state"), no_dist=True)
+    put(run / "iter_000000012" / "model_ema_bf16.pt")
+    (run / "latest_checkpoint.txt").write_text("iter_000000012\n")
+    for path in (tmp_path, run, run / "iter_000000012"):
+        assert_model(path)
+    (run / "latest_checkpoint.txt").write_text("iter_000000003\n")
+    for path in (tmp_path, run):
+        assert torch.equal(open_weights(path).read("net.head.weight"), torch.full((3,), 4.0))
+
+
 def test_nemo_is_named(tmp_path: Path) -> None:
     for mark in ("weights/metadata.json", "context/io.json"):
         (tmp_path / mark).parent.mkdir()

@@ -271,7 +271,7 @@ def examine(path: Path, values: bool) -> Lines:
 def find_targets(root: Path) -> list[Path]:
     """Folders of models in a folder; files of a folder where it is not clear which are a model."""
     from worldline.weights.checkpoint import METADATA, is_container
-    from worldline.weights.networks import TRAINING_STATE, foreign_files, weights_in
+    from worldline.weights.networks import foreign_files, is_state_folder, weights_in
 
     folders = {
         path.parent
@@ -280,7 +280,8 @@ def find_targets(root: Path) -> list[Path]:
     }
     targets: list[Path] = []
     for folder in sorted(folders):
-        if folder.name in (*TRAINING_STATE, "blobs"):  # those of a hub cache have links elsewhere
+        # those of a hub cache have links elsewhere
+        if folder.name == "blobs" or is_state_folder(folder):
             continue
         try:
             find_model(folder)

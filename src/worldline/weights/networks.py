@@ -391,7 +391,7 @@ def distributed_files(folder: Path) -> list[str]:
     """
     levels = (islice(folder.glob("*/" * level), _MOST_FOLDERS) for level in (1, 2, 3))
     paths = filter(Path.is_file, (path / METADATA for path in chain([folder], *levels)))
-    names = [path.relative_to(folder) for path in paths if not _is_state(path.parent)]
+    names = [path.relative_to(folder) for path in paths if not is_state_folder(path.parent)]
     runs = sorted({re.sub(r"\d+", "*", str(name.parent)) for name in names})
     if len(runs) > 1:
         raise CheckpointError(
@@ -417,7 +417,7 @@ def whole_files(folder: Path) -> list[str]:
     ]
 
 
-def _is_state(folder: Path) -> bool:
+def is_state_folder(folder: Path) -> bool:
     """Whether a folder is of a training's state: a trainer's, or one of ours."""
     return folder.name in TRAINING_STATE or folder.suffix == ".state"
 
