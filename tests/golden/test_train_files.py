@@ -97,7 +97,7 @@ def trained(
         parameter.requires_grad_(not adapted or name.endswith((".down", ".up")))
     training: Any = SimpleNamespace(
         network=network,
-        opened=SimpleNamespace(settings={}, config=network.config),
+        opened=SimpleNamespace(name=family, settings={}, config=network.config),
         module=module,
         part=lambda name: import_module(f"{package}.{name}"),
         mesh=ALONE,

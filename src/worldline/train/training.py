@@ -276,10 +276,14 @@ def _begin(
 
     Raises:
         CheckpointError: it is another model's, or lacks files.
+        InputError: it is as long as the run.
     """
     names = sorted(map(files.tensors.released, trained), key=training.part("trainer").order)
     stored = open_state(training.network.source.files[0], names)
-    step = files.restore(stored, state)
+    if (step := files.restore(stored, state)) >= (most := training.experiment.trainer.max_iter):
+        raise InputError(
+            f"{stored.path} has done {step:,} steps, and trainer.max_iter is {most:,}; give more"
+        )
     if training.mesh.world.first:
         log.info("%s: going on from step %d; its clips begin anew", stored.path, step)
     return step
@@ -741,6 +745,8 @@ def _checkpoints(
         latest = "iter_{step:09}_adapter"
     else:
         listed = [ModelFile(*each, names) for each in files.MODEL_FILES]  # type: ignore[call-arg]
+        if averaged and not any(each.kind == "average" for each in listed):
+            log.warning("average.enabled: files of %s hold weights alone", training.opened.name)
         listed = [each for each in listed if averaged or each.kind != "average"]
         if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
             listed += [replace(each, kind="iteration") for each in listed]
