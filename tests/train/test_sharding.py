@@ -21,13 +21,18 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.objective import NextTokenObjective
+from worldline.families.autoregressive.trainer import files as trainer_files
+from worldline.families.autoregressive.trainer import order
+from worldline.families.autoregressive.weights import KEYS
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.diffusion.objective import DenoisingObjective, Draws, Uncertainty
 from worldline.parallel.mesh import Axis
 from worldline.shapes import LatentShape
-from worldline.train.loop import LoopConfig, Objective, fit
+from worldline.train.files import Checkpoints, Names, ReferenceFiles
+from worldline.train.loop import LoopConfig, Objective, Run, fit
 from worldline.train.optim import Cosine, Power
-from worldline.train.sharding import fill, share
+from worldline.train.sharding import fill, local, share
+from worldline.weights.trainings import open_state
 
 CONFIG = ARTransformerConfig(
     depth=2,
@@ -236,3 +241,55 @@ def test_whole_tensors_are_put_into_shared_ones(two: Together) -> None:
     for found in two(filled):
         assert all(torch.equal(t, numbered(name, t.shape)) for name, t in found.items())
         assert {t.shape[0] for t in found.values()} == {1, 3}
+
+
+def shared_run(axis: Axis, folder: Path, tp: int) -> tuple[Run, Checkpoints]:
+    """A run of processes, `tp` of which share layers, that writes as the released trainer does."""
+    mesh = init_device_mesh("cpu", (axis.count // tp, tp), mesh_dim_names=("dp", "tp"))
+    network, rank = build(CONFIG), mesh["tp"].get_local_rank()
+    whole = {key: tuple(p.shape) for key, p in network.named_parameters()}
+    step = Step(part(network, rank, tp) if tp > 1 else network)
+    plan = SHARD_PLAN if tp > 1 else None
+    sharded = share(
+        step, "network", mesh, blocks="layers", compute=torch.float32, whole=whole, plan=plan
+    )
+    objective = Objective(
+        draw=lambda number: draw(CONFIG, number, slice(0, 1)),
+        loss=lambda *batch: (step(*batch), {}),
+    )
+    run = Run(step, objective, replace(LOOP, average=None), folder, axis, sharded)
+    names = Names(
+        lambda name: KEYS.released(name.removeprefix("network.")), Axis(rank, tp), sharded.cut, {}
+    )
+    reference = ReferenceFiles(
+        trainer_files, order, torch.bfloat16, names, tuple(run.parameters), lambda step: {}, False
+    )
+    files = Checkpoints(folder, (reference,), "iter_{step:09}.pt", names, {})
+    run.keep(files, True)
+    return run, files
+
+
+def through_files(axis: Axis, folder: Path, tp: int) -> list[str]:
+    """Names of tensors that a trainer's files do not give back to each process as they were."""
+    run, files = shared_run(axis, folder / "a", tp)
+    run.go(None, lambda: True)
+    axis.any(False)
+    again, _ = shared_run(axis, folder / "b", tp)
+    names = sorted(map(files.tensors.released, run.parameters), key=order)
+    ending = "_model_mp_0.pt" if tp > 1 else ".pt"
+    stored = open_state(folder / "a" / f"iter_000000001{ending}", names)
+    assert files.restore(stored, again.state()) == 1
+    found = again.state()
+    return [
+        name
+        for name, value in run.state().items()
+        if not torch.equal(local(found[name]), local(value).bfloat16().float())
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+def test_files_of_a_trainer_give_each_process_its_part(
+    two: Together, tmp_path: Path, tp: int
+) -> None:
+    assert two(through_files, tmp_path, tp) == [[], []]
