@@ -550,8 +550,10 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
         try:
             for adapter in inside:
                 restore(adapted, adapter)
+                if adapter.factors not in ([1.0], [lora.scale]):  # which most files do not state
+                    raise ValueError(f"{adapter.path} has the scale {adapter.factors[0]:g}")
         except ValueError as error:
-            raise InputError(f"{error}; give its lora.rank and lora.targets") from None
+            raise InputError(f"{error}; give its lora.rank, lora.targets and lora.scale") from None
     else:
         model.requires_grad_(True)
     step = training.module.make_step(model, training.recipe, training.grid, network)
