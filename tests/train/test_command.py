@@ -213,6 +213,17 @@ def test_the_experiment_is_printed(
     assert not (folder / "checkpoints").exists()
 
 
+def test_frames_are_given_to_a_model_that_continues_clips(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The short form trains Video2World as the released experiments do, and a stated key wins."""
+    for keys, dropped in (([], 0.2), (["objective.text_dropout=0.4"], 0.4)):
+        assert run("--dry_run", *words(MODELS[1], videos, *keys)) == 0
+        recipe = yaml.safe_load(capsys.readouterr().out)["objective"]
+        assert (recipe["noise_factor"], recipe["most_conditioning"]) == (4, 2)
+        assert recipe["text_dropout"] == dropped
+
+
 def test_models_lie_in_the_folder_that_is_given(
     root: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,8 +87,9 @@ def train(
     for line in training.describe():
         logger.info("%s", line)
     if dry_run:
-        training.experiment.folder.mkdir(parents=True, exist_ok=True)
-        (training.experiment.folder / "config.yaml").write_text(experiment.to_yaml())
+        experiment = training.experiment
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        (experiment.folder / "config.yaml").write_text(experiment.to_yaml())
         results.add(experiment.to_yaml())
         return
     with _stops() as stopping:

@@ -172,8 +172,8 @@ class TrainerSettings(Section):
             Predict1's diffusion models.
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
-        logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and sampled
-            videos; 0 makes none.
+        logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and videos
+            of two clips beside the truth, held-out ones where there are any; 0 makes none.
     """
 
     max_iter: Count = 1000
@@ -188,7 +188,7 @@ class TrainerSettings(Section):
     logging_iter: Count = 10
     run_validation: bool = True
     validation_iter: Times = 100
-    sample_iter: Annotated[Times, _later(0)] = 0
+    sample_iter: Times = 0
 
 
 class CheckpointSettings(Section):

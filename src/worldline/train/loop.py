@@ -45,6 +45,8 @@ class Objective:
         loss: (*batch) -> the loss, and figures for the log.
         watch: () -> further figures, of held-out clips, every `watch_every` steps; in the first
             process, or in all where these share the module.
+        sample: steps done -> nothing; makes videos with the averaged weights where these are kept,
+            every `sample_every` steps and at the end, in the processes of `watch`.
         position: () -> where the data stands, as JSON, beside the number of the next batch.
         restore: a position -> the data stands there.
         named: number of a batch -> words for what it holds.
@@ -55,6 +57,8 @@ class Objective:
     loss: Callable[..., tuple[Tensor, Figures]]
     watch: Callable[[], Figures] | None = None
     watch_every: int = 1000
+    sample: Callable[[int], None] | None = None
+    sample_every: int = 1000
     position: Callable[[], dict[str, Any]] = dict
     restore: Callable[[dict[str, Any]], None] = lambda position: None
     named: Callable[[int], str] = lambda number: f"batch {number}"
@@ -242,7 +246,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.restore()
         self.module.train()
-        first, advance = self.step, self._advance
+        first, advance, aside = self.step, self._advance, 0.0  # seconds of videos
         if config.graphed:
             advance = self._recorded(objective.draw(self.step))
         # the first process writes for all
@@ -268,9 +272,10 @@ class Run:
                     self._check_finite()
                     if watch and (self.sharded or self.ranks.first):
                         figures = figures | watch()
+                        self._reshard()
                     figures = self._averaged(figures)
                 if (logged or watch) and write is not None:
-                    speed = (self.step - first) / seconds_done
+                    speed = (self.step - first) / (seconds_done - aside)
                     facts = {"step": self.step, "rate": rate, "steps_per_second": speed}
                     write({**figures, **facts, **objective.speed(speed)})
                 late = stopping() or (seconds is not None and seconds_done > seconds)
@@ -281,9 +286,35 @@ class Run:
                 if last or late or self.step % config.save_every == 0:
                     self._check_finite()
                     self._save()
+                due = not late and (last or self.step % objective.sample_every == 0)
+                if objective.sample and due and (self.sharded or self.ranks.first):
+                    self._check_finite()
+                    begun = time.monotonic()
+                    with self.averaged():
+                        objective.sample(self.step)
+                    aside += time.monotonic() - begun
                 if late:
                     break
         return self.step, self.average
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The module computes with the averaged weights, where these are kept; nothing changes."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        if self.average:
+            self.average.swap()
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Drop weights that a forward without gradients leaves gathered: others are to be read."""
+        if self.sharded:
+            self.sharded.module.reshard()  # type: ignore[operator]
 
     def _advance(self, *batches: tuple[Tensor, ...]) -> Figures:
         """One step."""

@@ -154,6 +154,8 @@ def shard_weights(
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         if hasattr(unit, "encode"):  # of cross-attention: a text is encoded before the blocks run
             register_fsdp_forward_method(unit, "encode")
+    if hasattr(module, "predict"):
+        register_fsdp_forward_method(module, "predict")
 
 
 def share(

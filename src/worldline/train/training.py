@@ -7,11 +7,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from worldline.opening import choose_device, open_world, recognise
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
 from worldline.shapes import LatentShape, VideoShape
+from worldline.train.boards import check_boards, open_boards
 from worldline.train.data.clips import Cache, Clips, Window, open_clips
 from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
@@ -47,10 +47,11 @@ from worldline.train.files import (
     Names,
     ReferenceFiles,
 )
-from worldline.train.loop import LoopConfig, Objective, Run, Writer, generator
+from worldline.train.loop import LoopConfig, Objective, Run, generator
 from worldline.train.lora import adapted_name, add_adapters, restore
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
 from worldline.train.optim import Cosine, Linear, Power, trainable
+from worldline.train.samples import Samples
 from worldline.train.sharding import Sharded, share
 from worldline.train.states import States
 from worldline.weights.checkpoint import cut
@@ -172,6 +173,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     place = choose_device(job.own_device(device))
     world = job.join(place)
     check_folder(experiment.folder)
+    check_boards(experiment)
     name = experiment.checkpoint.load_path or experiment.model
     if not name:
         raise InputError("model: it is missing; give a released name or a folder")
@@ -180,6 +182,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     options = {part.disable: True for part in recognise(found).family.parts if part.disable}
     opened = open_world(found, {"checkpoint_dir": checkpoint_dir, **options})
     recipe = _recipe(experiment, opened)
+    experiment = experiment.model_copy(update={"objective": asdict(recipe)})  # every field of it
     tp = experiment.parallel.tensor_model_parallel_size
     _check_parallel(opened, tp, world.count, experiment.lora.rank > 0)
     video = _video(experiment, opened)
@@ -245,14 +248,27 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     if experiment.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    boards = [*open_boards(experiment)] if mesh.world.first else []
     step, sharded, files = _module(training)
     data = _Batches(training, step)
     watch, every = data.watch, experiment.trainer.validation_iter
+    samples = Samples(
+        clips=training.held_out or training.clips,
+        folder=folder / "samples",
+        step=step,
+        parts=data.parts,
+        encode=data.encode,
+        to_tokenizer=training.module.to_tokenizer,
+        mesh=mesh,
+        boards=boards,
+    )
     objective = Objective(
         draw=data.draw,
         loss=step,
         watch=watch if data.held_out is not None and every else None,
         watch_every=every or 1,
+        sample=samples.make if experiment.trainer.sample_iter else None,
+        sample_every=experiment.trainer.sample_iter or 1,
         position=lambda: {"data": data.loader.state(), **_identity(training)},
         restore=partial(_restore, training, data.loader),
         named=data.named,
@@ -264,7 +280,7 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         run.begin = partial(_begin, training, files, [*run.parameters])
     run.check_room()
     if mesh.world.first:
-        run.writers += _writers(experiment)
+        run.writers += [board.figures for board in boards]
     done, _ = run.go(None, stopping)
     return done
 
@@ -287,38 +303,6 @@ def _begin(
     if training.mesh.world.first:
         log.info("%s: going on from step %d; its clips begin anew", stored.path, step)
     return step
-
-
-def _writers(experiment: Experiment) -> Iterator[Writer]:
-    """TensorBoard, where it is installed, and Weights & Biases, where it is asked for.
-
-    Raises:
-        InputError: it is asked for, and not installed.
-    """
-    if find_spec("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-
-        board: Any = SummaryWriter(str(experiment.folder / "tensorboard"))
-
-        def write(step: int, figures: Mapping[str, float]) -> None:
-            for name, value in figures.items():
-                board.add_scalar(name, value, step)
-            board.flush()
-
-        yield write
-    if (mode := experiment.job.wandb_mode) != "disabled":
-        if not find_spec("wandb"):
-            raise InputError(f"job.wandb_mode is {mode}, but wandb is not installed; install it")
-        wandb: Any = import_module("wandb")
-        names = {"project": experiment.job.project, "group": experiment.job.group}
-        wandb.init(
-            **names,
-            name=experiment.job.name,
-            mode=mode,
-            config=experiment.to_json(),
-            resume="allow",
-        )
-        yield lambda step, figures: wandb.log(dict(figures), step=step)
 
 
 def _speed(training: Training, steps: float) -> dict[str, float]:
@@ -389,19 +373,21 @@ def _objective(opened: Opened) -> Any:
 
 
 def _recipe(experiment: Experiment, opened: Opened) -> Any:
-    """The family's recipe with the experiment's fields.
+    """The family's recipe with the experiment's fields, over those of released experiments.
 
     Raises:
         InputError: a field is unknown, or wrong.
     """
-    kind = _objective(opened).TrainingStep.RECIPE
+    objective = _objective(opened)
+    kind = objective.TrainingStep.RECIPE
     known = [field.name for field in fields(kind)]
     for name in experiment.objective:
         if name not in known:
             advice = did_you_mean(name, known, 0.6) or f"; there are: {', '.join(known)}"
             raise InputError(f"objective.{name}: {opened.name} has no such field{advice}")
     try:
-        return TypeAdapter(kind).validate_python(experiment.objective)
+        stated = {**objective.released_recipe(opened), **experiment.objective}
+        return TypeAdapter(kind).validate_python(stated)
     except ValidationError as error:
         lines = (
             f"objective.{each['loc'][0]} is {brief(each['input'])}; "
@@ -656,7 +642,7 @@ class _Batches:
         if len(self.names) > self.most_named:
             del self.names[next(iter(self.names))]
         draws = generator(self.seed, number, rank=self.mesh.dp.rank)
-        return tuple(self.step.draw(self._encode(item), draws))
+        return tuple(self.step.draw(self.encode(item)[1], draws))
 
     @torch.no_grad()
     def watch(self) -> dict[str, Tensor]:
@@ -666,15 +652,18 @@ class _Batches:
             count = min(_HELD_OUT, len(self.held_out) // self.mesh.dp.count) or 1
             chosen = [own[place * len(own) // count] if len(own) else 0 for place in range(count)]
             items = [default_collate([self.held_out[index]]) for index in chosen]
-            self.held = [self._encode(item) for item in items]
+            self.held = [self.encode(item)[1] for item in items]
         losses = []
         for number, encoded in enumerate(self.held):
             draws = generator(self.seed, number, rank=self.mesh.dp.rank, stream=1)
             losses.append(self.step(*self.step.draw(encoded, draws))[0])
         return {"held_out": torch.stack(losses).mean()}
 
-    def _encode(self, item: Any) -> tuple[Tensor, ...]:
-        """What the step reads of a batch of clips, the same in all that share its layers."""
+    def encode(self, item: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Latents or tokens of a batch of clips, and what the step reads.
+
+        Processes that share its layers read the same.
+        """
         device, training, cache = self.training.device, self.training, self.training.clips.cache
         if (encoded := item.get("encoded")) is None:
             video = item["video"].to(device, self.parts.compute.dtype) / 127.5 - 1
@@ -684,7 +673,7 @@ class _Batches:
                     cache.put(key, one)
         config, fps = training.opened.config, item["fps"].tolist()
         batch = training.module.make_batch(config, encoded.to(device), self._text(item), fps)
-        return tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in batch)
+        return encoded, tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in batch)
 
     def named(self, number: int) -> str:
         return "; ".join(self.names.get(number, ())) or f"batch {number}"

@@ -9,7 +9,7 @@ Axes: B batch, L tokens of a clip, V vocabulary, D width, S rows of the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,12 +127,28 @@ class TrainingStep(nn.Module):
         self, tokens: Tensor, text: Tensor | None = None, text_kept: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its terms; tokens (B, L), text (B, S, width) of models that read one."""
+        batch = tokens.long(), self._positions(tokens), text
+        entropy, z = self.recipe.loss(self.network, batch, text_kept)
+        return entropy + z, {"cross_entropy": entropy.detach(), "z_loss": z.detach()}
+
+    def predict(self, parts: Parts, tokens: Tensor, text: Tensor | None = None) -> Tensor:
+        """Ids (1, t, h, w) that are most likely behind the true ones, as the released trainer has.
+
+        Arguments are those that `make_batch` made of one clip; its given frames stay.
+        """
+        config, context = self.network.config, self.network.encode_context(text)
+        stream = self.network.hidden(tokens.long(), self._positions(tokens), context=context)
+        hidden = self.network.norm(stream)
+        rows = [self.network.head(part).argmax(-1) for part in hidden[:, :-1].split(_ROWS, 1)]
+        given = config.leading_tokens + self.recipe.conditioning * config.grid.tokens_per_frame
+        ids = torch.cat([tokens[:, :given], torch.cat(rows, 1)[:, given - 1 :]], 1)
+        return ids[:, config.leading_tokens :].unflatten(1, astuple(config.grid))
+
+    def _positions(self, tokens: Tensor) -> Positions:
         where = tokens.device, self.network.norm.weight.dtype
         if where not in self.positions:
             self.positions[where] = make_positions(self.network.config, *where)
-        batch = tokens.long(), self.positions[where], text
-        entropy, z = self.recipe.loss(self.network, batch, text_kept)
-        return entropy + z, {"cross_entropy": entropy.detach(), "z_loss": z.detach()}
+        return self.positions[where]
 
 
 # files of a checkpoint: name, what it holds, precision; and what names the newest
@@ -146,6 +162,11 @@ def make_step(
 ) -> TrainingStep:
     """A step of a model, whose files are those of `network`."""
     return TrainingStep(model, recipe, grid)
+
+
+def released_recipe(opened: Opened) -> dict[str, Any]:
+    """Fields of the recipe that differ from its defaults in the released training of a model."""
+    return {}
 
 
 def released_name(keys: KeyMap, name: str) -> str:
@@ -167,6 +188,12 @@ def settings(config: ARTransformerConfig, opened: Opened) -> dict[str, Any]:
 def encode_clips(parts: Parts, video: Tensor) -> Tensor:
     """Token ids (B, t, h, w), int32, of clips (B, 3, T, H, W) in [-1, 1]."""
     return torch.cat([parts.tokenizer.module.encode_tokens(clip) for clip in video.split(1)])
+
+
+def to_tokenizer(parts: Parts, ids: Tensor) -> Tensor:
+    """What the tokenizer decodes, of token ids (B, t, h, w) as `encode_clips` makes them."""
+    codes: Tensor = parts.tokenizer.module.to_codes(ids)
+    return codes
 
 
 def make_batch(

@@ -117,7 +117,7 @@ def starts_from_text(opened: Opened) -> bool:
 
 
 def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
-    """Refuse what the model cannot do; fill in sampler and precision."""
+    """Refuse what the model cannot do; see `complete`."""
     config, statistics = opened.config, opened["tokenizer"].statistics
     if request.num_input_frames and not config.condition_mask:
         raise InputError(
@@ -129,7 +129,8 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
         )
     longest = min(statistics.frames, config.max_grid.frames)
     denoise.check_size(opened, request.video, request.num_input_frames, longest)
-    sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
+    request = complete(opened, request)
+    sampler = request.sampler
     if sampler == "res_2mid" and request.num_steps < 2:
         raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
     if request.reinsertion == "march_2025" and sampler != "edm_euler":
@@ -137,6 +138,12 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
             f"reinsertion march_2025 is a fault of the sampler edm_euler; {sampler} never had it"
         )
     denoise.check_prompts(opened, request)
+    return request
+
+
+def complete(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
+    """A request with the sampler and the precision that it leaves to the model."""
+    sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
     precision = request.rotary_precision or "bfloat16"
     return request.model_copy(update={"sampler": sampler, "rotary_precision": precision})
 

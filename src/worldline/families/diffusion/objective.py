@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from worldline.families.diffusion.family import complete, restore, sample_video
 from worldline.families.diffusion.model import DiT, DiTConfig, Positions
+from worldline.families.diffusion.request import DiffusionRequest
 from worldline.families.diffusion.weights import settings_of
 from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, denoising_loss, noised_latents
 from worldline.nn.pieces import encode_stream
 from worldline.nn.rope import Rotation
 from worldline.sampling.edm import SIGMA_DATA, precondition
+from worldline.sampling.solvers import finish, standard_noise
 from worldline.shapes import LatentShape
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
@@ -206,6 +209,21 @@ class TrainingStep(nn.Module):
         loss = self.recipe.loss(self.network, self.uncertainty, batch, Draws(*draws))
         return loss.mean(), {}
 
+    def predict(self, parts: Parts, latents: Tensor, text: Tensor, fps: Tensor) -> Tensor:
+        """Latents (1, C, T, H, W) of a video of the prompt, by the model's own sampler.
+
+        Arguments are those that `make_batch` made of one clip. It begins with the first frame where
+        frames are given in training; the branch without a prompt is that of a dropped one.
+        """
+        given = int(self.recipe.most_conditioning > 0)
+        stated = {**parts.opened.defaults, "fps": float(fps[0]), "num_input_frames": given}
+        request = complete(parts.opened, DiffusionRequest.parse(stated))
+        noise = standard_noise(request.seed, latents.shape).to(latents.device)
+        known = SIGMA_DATA * latents[:, :, :given].float() if given else None
+        prompts = text, torch.zeros_like(text)
+        _, steps = sample_video(parts, request, self.network, noise, known, prompts)
+        return finish(steps) / SIGMA_DATA
+
 
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (
@@ -239,6 +257,13 @@ def read_uncertainty(source: Checkpoint) -> Uncertainty | None:
     return uncertainty
 
 
+def released_recipe(opened: Opened) -> dict[str, Any]:
+    """Fields of the recipe that differ from its defaults in the released training of a model."""
+    if not opened.config.condition_mask:
+        return {}
+    return {"noise_factor": 4.0, "text_dropout": 0.2, "most_conditioning": 2}
+
+
 def released_name(keys: KeyMap, name: str) -> str:
     """Name in files of a parameter or buffer of a step."""
     part, _, rest = name.partition(".")
@@ -266,6 +291,11 @@ def encode_clips(parts: Parts, video: Tensor) -> Tensor:
     # statistics of a clip's first frame, not of an image
     normal: Tensor = statistics.normalise(torch.cat(latents).float(), image=False)
     return normal
+
+
+def to_tokenizer(parts: Parts, latents: Tensor) -> Tensor:
+    """What the tokenizer decodes, of latents (B, C, T, H, W) as `encode_clips` makes them."""
+    return restore(parts, SIGMA_DATA * latents)
 
 
 def make_batch(

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from worldline.families.predict2_5.family import sample_window
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
+from worldline.families.predict2_5.request import FlowRequest
 from worldline.families.predict2_5.weights import settings_of
 from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
 from worldline.nn.pieces import encode_stream
 from worldline.sampling.flow import SHIFT, TIMESTEPS
+from worldline.sampling.solvers import finish, standard_noise
 from worldline.shapes import LatentShape
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network
@@ -143,6 +146,19 @@ class TrainingStep(nn.Module):
         loss = self.recipe.loss(self.network, (latents, text, None), Draws(*draws))
         return loss.mean(), {}
 
+    def predict(self, parts: Parts, latents: Tensor, text: Tensor) -> Tensor:
+        """Latents (1, C, T, H, W) of a video of the prompt, by the model's own sampler.
+
+        Arguments are those that `make_batch` made of one clip. It begins with the first frame where
+        frames are given in training; the branch without a prompt is that of a dropped one.
+        """
+        request = FlowRequest.parse(parts.opened.defaults)
+        noise = standard_noise(request.seed, latents.shape).to(latents.device)
+        known = latents[:, :, :1].float() if any(self.recipe.conditioning[1:]) else None
+        prompts = text, torch.zeros_like(text)
+        _, steps = sample_window(parts, request, self.network, noise, known, prompts)
+        return finish(steps)
+
 
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (
@@ -158,6 +174,11 @@ def make_step(
 ) -> TrainingStep:
     """A step of a model, whose files are those of `network`."""
     return TrainingStep(model, recipe, grid)
+
+
+def released_recipe(opened: Opened) -> dict[str, Any]:
+    """Fields of the recipe that differ from its defaults in the released training of a model."""
+    return {}
 
 
 def released_name(keys: KeyMap, name: str) -> str:
@@ -183,6 +204,11 @@ def encode_clips(parts: Parts, video: Tensor) -> Tensor:
         for clip in video.to(parts.device, parts.compute.dtype).split(1)
     ]
     return torch.cat(latents).float()
+
+
+def to_tokenizer(parts: Parts, latents: Tensor) -> Tensor:
+    """What the tokenizer decodes, of latents (B, C, T, H, W) as `encode_clips` makes them."""
+    return latents
 
 
 def make_batch(
