@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +22,8 @@ from tests.states import read_state
 from worldline.cli.main import main
 from worldline.locate import locate
 from worldline.opening import open_world
+from worldline.train.experiment import short_form
+from worldline.train.training import prepare
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 from worldline.weights.networks import open_adapter
@@ -222,6 +226,28 @@ def test_frames_are_given_to_a_model_that_continues_clips(
         recipe = yaml.safe_load(capsys.readouterr().out)["objective"]
         assert (recipe["noise_factor"], recipe["most_conditioning"]) == (4, 2)
         assert recipe["text_dropout"] == dropped
+
+
+@pytest.mark.parametrize(("model", "source"), [(MODELS[1], "embeddings"), (MODELS[2], "auto")])
+@pytest.mark.parametrize("inner", ["", "videos"])
+def test_embeddings_beside_the_videos(
+    root: Path, videos: Path, tmp_path: Path, model: str, source: str, inner: str
+) -> None:
+    """Released folders, named as a whole or by their videos; T5's rows are no other encoder's."""
+    folder = tmp_path / "data"
+    shutil.copytree(videos, folder / "videos", ignore=shutil.ignore_patterns("metas"))
+    shutil.copytree(videos / "metas", folder / "metas")
+    (folder / "t5_xxl").mkdir()
+    for number in range(3):
+        rows = np.full((number + 2, 64), number, np.float16)
+        (folder / "t5_xxl" / f"c{number}.pickle").write_bytes(pickle.dumps([rows]))
+    experiment = short_form(
+        "diffusion" if model == MODELS[1] else "predict2.5",
+        {"model": model, "job": {"name": "x"}, "data": {"dataset_dir": str(folder / inner)}},
+    )
+    texts = prepare(experiment, "cpu", "checkpoints").clips.texts
+    assert texts
+    assert texts.source == source
 
 
 def test_models_lie_in_the_folder_that_is_given(

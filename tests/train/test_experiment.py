@@ -16,6 +16,7 @@ from worldline.train.experiment import (
     our_key,
     read,
     released,
+    short_form,
 )
 
 TEALROBOT = "base_4b_example_tealrobotsmall_tp1"
@@ -108,6 +109,7 @@ def test_the_two_copies_of_a_released_key_agree() -> None:
         (["data.fit=squeeze"], ("data.fit is 'squeeze'", "crop", "stretch")),
         (["optimizer.lr=[1"], ("optimizer.lr", "no value")),
         (["optimizer=3"], ("optimizer",)),
+        (["optimizer=3", "optimizer.lr.x=2"], ("optimizer",)),
         (["checkpoint.format=nemo"], ("checkpoint.format is 'nemo'", "reference")),
         (["checkpoint.load_training_state=true"], ("load_training_state", "checkpoint.load_path")),
         (["trainer.compile=true"], ("trainer.compile is True", "available")),
@@ -154,6 +156,49 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
     path.write_text("a: b: c\n")
     with pytest.raises(InputError, match="not valid YAML"):
         read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("like: base_4b_example_tealrobot_tp5\n", "base_4b_example_tealrobot_tp4"),
+        ("like: other\n", "builds on itself"),
+        ("job: 3\n", "job is 3"),
+        ("data: [a]\n", "data is"),
+    ],
+)
+def test_files_that_are_no_experiments(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("like: mine\n")
+    with pytest.raises(InputError, match=named):
+        read(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "rise"),
+    [
+        ("autoregressive", [], 50),
+        ("autoregressive", ["trainer.max_iter=40"], 2),
+        ("autoregressive", ["trainer.max_iter=10"], 1),
+        ("diffusion", ["trainer.max_iter=100000"], 50),
+        ("diffusion", ["trainer.max_iter=40", "scheduler.warm_up_steps=7"], 7),
+    ],
+)
+def test_the_rise_of_a_short_run(family: str, words: list[str], rise: int) -> None:
+    """A twentieth of the run, however long it was made, unless it is stated."""
+    assert short_form(family, {"model": "x"}, words).scheduler.warmup == rise
+
+
+def test_a_rate_of_another_kind() -> None:
+    """It falls to its own end, not to that of the kind before; the rise stays."""
+    before = short_form("diffusion", {}, ["scheduler.warmup=3"]).scheduler
+    cosine = short_form("diffusion", {}, ["scheduler.warmup=3", "scheduler.kind=cosine"]).scheduler
+    assert (before.kind, before.last) == ("linear", 1)
+    assert (cosine.kind, cosine.last, cosine.warmup) == ("cosine", 1e-5, 3)
+    stated = short_form("predict2.5", {}, ["scheduler.end=0.1", "scheduler.kind=cosine"])
+    assert stated.scheduler.last == 0.1
+    line = read(TEALROBOT, ["scheduler.kind=linear"]).scheduler
+    assert (line.last, line.top) == (1, 1)
 
 
 def test_what_makes_another_run() -> None:

@@ -94,7 +94,7 @@ def train(
         return
     with _stops() as stopping:
         done = run(training, stopping)
-    results.add(f"{training.folder}: {done:,} steps")
+    results.add(f"{training.folder}: {done:,} step{'s' if done > 1 else ''}")
     if done < experiment.trainer.max_iter:
         raise KeyboardInterrupt
 
@@ -142,7 +142,7 @@ def _sections(short: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_model(model: str, stated: dict[str, Any], overrides: list[str], folder: Path) -> Experiment:
-    """Defaults of a model's family, with a rise of the learning rate as long as the run allows."""
+    """The experiment of a model with the defaults of its family."""
     from worldline.locate import locate
     from worldline.opening import recognise
 
@@ -152,10 +152,7 @@ def _of_model(model: str, stated: dict[str, Any], overrides: list[str], folder: 
         stated["lora"] = {"rank": recipe.rank, "scale": recipe.scale}
         stated.setdefault("optimizer", {}).setdefault("lr", 1e-4)
     job = {"name": Path(model).name, **stated.pop("job", {})}
-    merged = experiments.short_form(family, {**stated, "job": job, "model": model})
-    steps, scheduler = merged["trainer"]["max_iter"], merged["scheduler"]
-    scheduler["warmup"] = min(scheduler["warmup"], max(1, steps // 20))
-    return experiments.check(merged, overrides)
+    return experiments.short_form(family, {**stated, "job": job, "model": model}, overrides)
 
 
 @contextmanager

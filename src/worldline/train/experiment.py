@@ -145,6 +145,7 @@ class SchedulerSettings(Section):
             then a line to `end` at step `cycle`.
         warmup: steps of the rise.
         decay: None is the length of the run.
+        end: None is 1e-5 of a cosine, and 1 of a line, which then stays.
     """
 
     kind: Literal["cosine", "linear"] = "linear"
@@ -153,7 +154,12 @@ class SchedulerSettings(Section):
     cycle: Positive = 1e13
     start: Share = 1e-6
     top: Share = 1.0
-    end: Share = 1.0
+    end: Share | None = None
+
+    @property
+    def last(self) -> float:
+        """Factor at the end."""
+        return {"cosine": 1e-5, "linear": 1.0}[self.kind] if self.end is None else self.end
 
 
 class AverageSettings(Section):
@@ -307,17 +313,32 @@ def read(name: str, overrides: Sequence[str] = ()) -> Experiment:
         InputError: a line for each wrong key or value.
     """
     path = find(name)
-    stated = _stated(path)
-    stated.setdefault("job", {}).setdefault("name", path.stem)
-    return check(stated, overrides)
+    return check(_merged({"job": {"name": path.stem}}, _stated(path)), overrides)
 
 
-def short_form(family: str, stated: dict[str, Any]) -> dict[str, Any]:
-    """Values of a family's experiments under those that are stated; clips have the model's size."""
+def short_form(family: str, stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment of a family's defaults, whose clips have the model's size.
+
+    The learning rate rises for a twentieth of the run at most, unless its rise is stated.
+
+    Args:
+        family: name of it.
+        stated: values over the defaults.
+        overrides: as of `read`.
+
+    Raises:
+        InputError: as of `read`.
+    """
     base = _stated(EXPERIMENTS / "short" / f"{family}.yaml")
     sizes = ("num_frames", "video_size")
     base["data"] = {name: value for name, value in base["data"].items() if name not in sizes}
-    return _merged(base, stated)
+    experiment = check(_merged(base, stated), overrides)
+    if any(our_key(word.partition("=")[0]) == "scheduler.warmup" for word in overrides):
+        return experiment
+    scheduler = experiment.scheduler
+    rise = min(scheduler.warmup, max(1, experiment.trainer.max_iter // 20))
+    shorter = scheduler.model_copy(update={"warmup": rise})
+    return experiment.model_copy(update={"scheduler": shorter})
 
 
 def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
@@ -332,12 +353,13 @@ def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
                 "are one key here: give one value"
             )
         given[ours] = key, value
+    over: dict[str, Any] = {}
     for ours, (_, value) in given.items():
-        *sections, last = ours.split(".")
-        place = stated
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
+        nested = value
+        for section in reversed(ours.split(".")):
+            nested = {section: nested}
+        over = _merged(over, nested)
+    stated = _merged(stated, over)
     try:
         experiment = Experiment.model_validate(stated)
     except ValidationError as error:
@@ -445,11 +467,11 @@ def _problem(error: Any, typed: Mapping[str, str]) -> str:
     return f"{where} is {brief(error['input'])}; {advice}"
 
 
-def _stated(path: Path) -> dict[str, Any]:
-    """Values of a file and of those that it builds on.
+def _stated(path: Path, *above: Path) -> dict[str, Any]:
+    """Values of a file and of those that it builds on, for those `above` that build on it.
 
     Raises:
-        InputError: one cannot be read, or is no experiment.
+        InputError: one cannot be read, is no experiment, or builds on itself.
     """
     try:
         own = parse_yaml(read_text(path))
@@ -463,14 +485,23 @@ def _stated(path: Path) -> dict[str, Any]:
     base = own.pop("like", None)
     if base is None:
         return own
-    beside = path.parent / f"{base}.yaml"
-    known = not beside.exists() or beside == path  # a released one
-    return _merged(_stated(EXPERIMENTS / f"{base}.yaml" if known else beside), own)
+    files = (folder / f"{base}.yaml" for folder in (path.parent, EXPERIMENTS))
+    below = next((file for file in files if file.exists() and file != path), None)
+    if below is None or below in above:
+        problem = "there is no such experiment" if below is None else "it builds on itself"
+        known = did_you_mean(str(base), [*released()], 0.6) if below is None else ""
+        raise InputError(f"{path}: like is {brief(base)}; {problem}{known}")
+    return _merged(_stated(below, path, *above), own)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Values of `base` but for those of `over`, section by section."""
+    """Values of `base` but for those of `over`, section by section.
+
+    A learning rate of another kind keeps nothing of the base's but its rise.
+    """
     joined = dict(base)
+    if "kind" in base and over.get("kind", base["kind"]) != base["kind"]:
+        joined = {name: value for name, value in base.items() if name == "warmup"}
     for name, value in over.items():
         inner = joined.get(name)
         both = isinstance(value, dict) and isinstance(inner, dict)

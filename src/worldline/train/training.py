@@ -32,6 +32,7 @@ from worldline.opening import choose_device, open_world, recognise
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
 from worldline.shapes import LatentShape, VideoShape
+from worldline.text.embeddings import PROMPT, read_embedding_file
 from worldline.train.boards import check_boards, open_boards
 from worldline.train.data.clips import Cache, Clips, Window, open_clips
 from worldline.train.data.frames import Transform
@@ -468,8 +469,16 @@ def _clips(
     width = getattr(opened.config, "text_width", opened.config.context_width)
     texts = None
     if width:
-        source = "embeddings" if any((folder / "t5_xxl").glob("*.pickle")) else "auto"
-        texts = Texts(source=source, caption=data.caption, width=width, rows=opened.text_length)
+        root = folder.parent if folder.name == "videos" else folder
+        embedded = next((root / "t5_xxl").glob("*.pickle"), None)
+        # folders of Predict2 have those of T5 beside the captions that Predict2.5 reads
+        fits = embedded and read_embedding_file(embedded)[PROMPT].shape[-1] == width
+        texts = Texts(
+            source="embeddings" if fits else "auto",
+            caption=data.caption,
+            width=width,
+            rows=opened.text_length,
+        )
     cache = None
     if data.cache_dir:
         files = [digest(path, sampled=True) for path in opened["tokenizer"].files]
@@ -481,14 +490,14 @@ def _rate(experiment: Experiment) -> Cosine | Linear:
     settings, peak = experiment.scheduler, experiment.optimizer.lr
     if settings.kind == "cosine":
         decay = settings.decay or experiment.trainer.max_iter
-        return Cosine(peak=peak, warmup=settings.warmup, decay=decay, floor=peak * settings.end)
+        return Cosine(peak=peak, warmup=settings.warmup, decay=decay, floor=peak * settings.last)
     return Linear(
         peak=peak,
         warmup=settings.warmup,
         cycle=settings.cycle,
         start=settings.start,
         top=settings.top,
-        end=settings.end,
+        end=settings.last,
     )
 
 
