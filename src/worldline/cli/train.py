@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -93,7 +94,7 @@ def train(
         results.add(experiment.to_yaml())
         return
     with _stops() as stopping:
-        done = run(training, stopping)
+        done = run(training, stopping, bar=sys.stderr.isatty() and not results.quiet)
     results.add(f"{training.folder}: {done:,} step{'s' if done > 1 else ''}")
     if done < experiment.trainer.max_iter:
         raise KeyboardInterrupt

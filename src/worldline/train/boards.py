@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -47,9 +48,13 @@ class WandB:
 
     def __init__(self, experiment: Experiment) -> None:
         self.wandb: Any = import_module("wandb")
-        job = experiment.job
+        job, named = experiment.job, experiment.folder / "wandb_id.txt"
+        if not named.exists():
+            named.parent.mkdir(parents=True, exist_ok=True)
+            named.write_text(secrets.token_hex(4))
         try:
             self.wandb.init(
+                id=named.read_text().strip(),
                 project=job.project,
                 group=job.group,
                 name=job.name,

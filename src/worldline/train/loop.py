@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from worldline.errors import NonFiniteError
 from worldline.parallel.mesh import ALONE, Axis
@@ -81,6 +82,7 @@ class LoopConfig:
         keep_last: states that are kept, the newest; further ones of every `keep_every` steps.
         graphed: record a step as one CUDA graph. The step of a small model is otherwise bound by
             the launches of its many small kernels.
+        bar: draw a progress bar on standard error.
     """
 
     steps: int
@@ -98,6 +100,7 @@ class LoopConfig:
     keep_last: int = 1
     keep_every: int = 0
     graphed: bool = False
+    bar: bool = False
 
 
 def fit(
@@ -252,9 +255,14 @@ class Run:
         # the first process writes for all
         path = self.folder / "log.jsonl"
         lines: Any = nullcontext(None)
+        tqdm.monitor_interval = 0  # no thread that watches bars
+        hidden = not (config.bar and self.ranks.first)
+        bar: tqdm[Any] = tqdm(
+            total=config.steps, initial=first, unit="step", leave=False, disable=hidden
+        )
         if self.ranks.first:
-            lines = _lines(path, config.steps, self.writers)
-        with lines as write, self.states.finished():
+            lines = _lines(path, config.steps, self.writers, bar)
+        with bar, lines as write, self.states.finished():
             while self.step < config.steps:
                 self.now.fill_(self.step)
                 self.optimizer.defaults["lr"].fill_(rate := config.rate(self.step))
@@ -263,6 +271,7 @@ class Run:
                 numbers = range(self.step * config.accumulate, (self.step + 1) * config.accumulate)
                 figures = advance(*map(objective.draw, numbers))
                 self.step += 1
+                bar.update()
                 last = self.step == config.steps
                 logged = last or self.step % config.log_every == 0
                 watch = None if self.step % objective.watch_every else objective.watch
@@ -290,6 +299,7 @@ class Run:
                 if objective.sample and due and (self.sharded or self.ranks.first):
                     self._check_finite()
                     begun = time.monotonic()
+                    bar.clear()
                     with self.averaged():
                         objective.sample(self.step)
                     aside += time.monotonic() - begun
@@ -424,8 +434,10 @@ def _means(parts: list[Figures]) -> Figures:
 
 
 @contextmanager
-def _lines(path: Path, steps: int, writers: Sequence[Writer]) -> Iterator[Callable[..., None]]:
-    """Writes figures as lines of JSON to a file, to further writers, and in words to the log."""
+def _lines(
+    path: Path, steps: int, writers: Sequence[Writer], bar: tqdm[Any]
+) -> Iterator[Callable[..., None]]:
+    """Writes figures as lines of JSON to a file, to further writers, and in words above a bar."""
 
     def write(figures: Mapping[str, Any]) -> None:
         line = {
@@ -435,7 +447,9 @@ def _lines(path: Path, steps: int, writers: Sequence[Writer]) -> Iterator[Callab
         print(json.dumps(line), file=file, flush=True)
         for writer in writers:
             writer(int(line["step"]), line)
+        bar.clear()
         log.info("%s", in_words(line, steps))
+        bar.refresh()
 
     with path.open("a") as file:
         yield write

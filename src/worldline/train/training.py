@@ -239,8 +239,10 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
     }
 
 
-def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> int:
-    """Train to the end, or until it is to stop; the number of steps done."""
+def train(
+    training: Training, stopping: Callable[[], bool] = lambda: False, *, bar: bool = False
+) -> int:
+    """Train to the end, or until it is to stop, with a progress bar; the number of steps done."""
     experiment, mesh = training.experiment, training.mesh
     folder = experiment.folder
     if mesh.world.first:
@@ -249,7 +251,8 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
     if experiment.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    boards = [*open_boards(experiment)] if mesh.world.first else []
+    world = mesh.world
+    boards = world.together(lambda: [*open_boards(experiment)] if world.first else [])
     step, sharded, files = _module(training)
     data = _Batches(training, step)
     watch, every = data.watch, experiment.trainer.validation_iter
@@ -275,7 +278,8 @@ def train(training: Training, stopping: Callable[[], bool] = lambda: False) -> i
         named=data.named,
         speed=partial(_speed, training),
     )
-    run = Run(step, objective, _loop(experiment), training.folder, mesh.world, sharded)
+    config = replace(_loop(experiment), bar=bar)
+    run = Run(step, objective, config, training.folder, mesh.world, sharded)
     run.keep(files, experiment.checkpoint.save_state)
     if experiment.checkpoint.load_training_state:
         run.begin = partial(_begin, training, files, [*run.parameters])
