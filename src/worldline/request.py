@@ -61,6 +61,8 @@ Size = Annotated[int, Field(ge=1, le=1 << 20)]  # each model has smaller limits
 Guidance = Annotated[
     float, Field(ge=0, le=100, description="Classifier-free guidance scale; 0 turns it off.")
 ]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 Fps = Annotated[float, Field(ge=1, le=240, description="Frames per second.")]
 PreviewEvery = Annotated[
     int,

@@ -294,7 +294,22 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             [AR, "--videos", "VIDEOS", "--", "objective.z_coeff=3"],
             ("objective.z_coeff", "z_coefficient"),
         ),
-        ([AR, "--videos", "VIDEOS", "--resolution", "big"], ("--resolution", "384x640")),
+        ([AR, "--videos", "VIDEOS", "--resolution", "big"], ("data.video_size", "384x640")),
+        ([AR, "--videos", "VIDEOS", "--", "--lora"], ("--lora", "before --")),
+        ([AR, "--videos", "VIDEOS", "--lora", "--", "lora.rank=0"], ("lora.rank", "--lora")),
+        ([AR, "--videos", "VIDEOS", "--caption", "x"], ("data.caption", AR)),
+        ([AR, "--videos", "VIDEOS", "--name", "x" * 256], ("job.name", "255")),
+        ([AR, "--videos", "VIDEOS", "--", f"trainer.max_iter={10**9}"], ("max_iter", "999999999")),
+        ([AR, "--videos", "VIDEOS", "--", "objective.conditioning=0"], ("conditioning is 0",)),
+        (
+            [MODELS[2], "--videos", "VIDEOS", "--", "objective.conditioning=[0,0]"],
+            ("objective.conditioning", "above 0"),
+        ),
+        ([MODELS[2], "--videos", "VIDEOS", "--", "objective.text_dropout=2"], ("text_dropout",)),
+        (
+            [MODELS[1], "--videos", "VIDEOS", "--resolution", "640x384"],
+            ("5 x 80 x 48 latent cells", "5 x 16 x 24"),
+        ),
         ([AR, "--videos", "VIDEOS", "--resolution", "100x192"], ("100",)),
         ([AR, "--videos", "VIDEOS", "--num_frames", "41"], ("33 frames", "41")),
         ([AR, "--videos", "EMPTY"], ("EMPTY",)),
@@ -344,6 +359,18 @@ def test_stopped_runs_go_on_bit_for_bit(root: Path, videos: Path) -> None:
     states = [read_state(folder) for folder in folders.values()]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends(root: Path, videos: Path) -> None:
+    """It names the batch, and does not wait for those that read ahead."""
+    keys = ["optimizer.lr=1e30", "trainer.clip_norm=1e30", "data.video_size=[64,96]"]
+    line = [*words(MODELS[1], videos, *keys, steps=9), "data.num_workers=2"]
+    line.remove("data.num_workers=0")
+    ended = subprocess.run([*COMMAND, *line], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "not finite" in ended.stderr
+    assert "frames 0 to 32" in ended.stderr
 
 
 @pytest.mark.slow

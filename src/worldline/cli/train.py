@@ -102,6 +102,8 @@ def train(
 
 def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experiment:
     """The experiment of a command line, and of its short form."""
+    if flags := [word for word in words if word.startswith("--")]:
+        raise InputError(f"{flags[0]}: flags stand before --, behind it are values KEY=VALUE")
     models = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     names = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
@@ -122,6 +124,7 @@ def _sections(short: dict[str, Any]) -> dict[str, Any]:
     keys = {
         "videos": ("data", "dataset_dir"),
         "caption": ("data", "caption"),
+        "resolution": ("data", "video_size"),
         "num_frames": ("data", "num_frames"),
         "max_steps": ("trainer", "max_iter"),
         "learning_rate": ("optimizer", "lr"),
@@ -131,11 +134,6 @@ def _sections(short: dict[str, Any]) -> dict[str, Any]:
     for name, value in short.items():
         if name == "lora":
             stated |= {"lora": {"rank": 0}}  # the family's own, which _of_model fills in
-        elif name == "resolution":
-            height, _, width = value.lower().partition("x")
-            if not (height.isdigit() and width.isdigit()):
-                raise InputError(f"--resolution is {value}; give height x width, such as 384x640")
-            stated.setdefault("data", {})["video_size"] = [int(height), int(width)]
         else:
             section, key = keys[name]
             stated.setdefault(section, {})[key] = value
@@ -153,7 +151,11 @@ def _of_model(model: str, stated: dict[str, Any], overrides: list[str], folder: 
         stated["lora"] = {"rank": recipe.rank, "scale": recipe.scale}
         stated.setdefault("optimizer", {}).setdefault("lr", 1e-4)
     job = {"name": Path(model).name, **stated.pop("job", {})}
-    return experiments.short_form(family, {**stated, "job": job, "model": model}, overrides)
+    stated = {**stated, "job": job, "model": model}
+    experiment = experiments.short_form(family, stated, overrides)
+    if "lora" in stated and not experiment.lora.rank:
+        raise InputError("lora.rank is 0, but --lora asks for an adapter; leave one of them out")
+    return experiment
 
 
 @contextmanager

@@ -108,11 +108,12 @@ class DiTSizes:
         Raises:
             ValueError: a side is no multiple of the patch, or beyond the model's positions.
         """
-        axes = list(zip(astuple(grid), PATCH, astuple(self.max_grid), strict=True))
-        if any(cells % patch or cells > patch * most for cells, patch, most in axes):
+        largest = [n * patch for n, patch in zip(astuple(self.max_grid), PATCH, strict=True)]
+        axes = list(zip(astuple(grid), PATCH, largest, strict=True))
+        if any(cells % patch or cells > most for cells, patch, most in axes):
+            cells, patch, most = (" x ".join(map(str, sides)) for sides in zip(*axes, strict=True))
             raise ValueError(
-                f"{grid}: sides must be multiples of the patch {PATCH}; positions reach to "
-                f"{self.max_grid} of them"
+                f"{cells} latent cells; sides must be multiples of {patch}, and at most {most}"
             )
         return LatentShape(*(cells // patch for cells, patch, _ in axes))
 

@@ -25,7 +25,8 @@ from pydantic import (
 
 from worldline.documents import read_text
 from worldline.errors import InputError, brief, did_you_mean, strerror
-from worldline.files import file_name
+from worldline.files import LONGEST_NAME, file_name
+from worldline.request import Positive, Share
 from worldline.yaml_documents import parse_yaml
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -57,16 +58,32 @@ RELEASED_KEYS = {
     "job.wandb_mode": "job.wandb_mode",
 }
 
-Count = Annotated[int, Field(ge=1)]
-Times = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-FolderName = Annotated[str, AfterValidator(lambda name: file_name(name) if name else name)]
+_MOST = 999_999_999  # steps: names of files have nine digits
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Times = Annotated[int, Field(ge=0, le=_MOST)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+FolderName = Annotated[str, AfterValidator(lambda name: _folder(name) if name else name)]
 # YAML takes on and off for true and false
 Switch = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v),
 ]
+
+
+def _folder(name: str) -> str:
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"a name has {LONGEST_NAME} bytes at most")
+    return file_name(name)
+
+
+def _sides(value: Any) -> Any:
+    """Height and width of a text such as 384x640."""
+    if not isinstance(value, str):
+        return value
+    height, _, width = value.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError("give height x width, such as 384x640")
+    return int(height), int(width)
 
 
 def _later(value: Any) -> AfterValidator:
@@ -103,7 +120,7 @@ class Data(Section):
         num_frames: of a clip; None is the model's own, so is `video_size`.
         sequence_interval: frames from one of a clip to the next.
         start_frame_interval: frames from the start of one clip to that of the next.
-        video_size: height and width.
+        video_size: height and width, [384, 640] or 384x640.
         fit: whether frames of another aspect are cropped or stretched.
         one_per_video: one clip of a random place of each video in an epoch, not each of all places.
         caption: of all videos; None reads those beside them.
@@ -118,7 +135,7 @@ class Data(Section):
     num_frames: Count | None = None
     sequence_interval: Count = 1
     start_frame_interval: Count = 1
-    video_size: tuple[Count, Count] | None = None
+    video_size: Annotated[tuple[Count, Count] | None, BeforeValidator(_sides)] = None
     fit: Literal["crop", "stretch"] = "crop"
     one_per_video: bool = False
     caption: str | None = None
@@ -132,7 +149,7 @@ class OptimizerSettings(Section):
     """AdamW, of all parameters alike."""
 
     lr: Positive = 1e-4
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
 
@@ -264,7 +281,7 @@ class Experiment(Section):
     @property
     def folder(self) -> Path:
         """Where the run's files go."""
-        root = Path(os.environ.get("OUTPUT_ROOT", "checkpoints"))
+        root = Path(os.environ.get("OUTPUT_ROOT") or "checkpoints")
         return root / self.job.project / self.job.group / self.job.name
 
     def to_yaml(self) -> str:
@@ -410,7 +427,9 @@ def differences(before: Mapping[str, Any], now: Experiment) -> list[str]:
     after = now.to_json()
     lines, length = [], "trainer.max_iter"
     follows = ("scheduler.warmup",) if _at(before, length) != _at(after, length) else ()
-    for key in keys():
+    recipes = before.get("objective") or {}, after["objective"]
+    fields = [f"objective.{name}" for name in dict.fromkeys([*recipes[0], *recipes[1]])]
+    for key in [*fields, *(key for key in keys() if key != "objective")]:
         free = any(fnmatchcase(key, pattern) for pattern in (*FREE_KEYS, *follows))
         free &= key not in FIXED_KEYS
         was, value = _at(before, key), _at(after, key)
@@ -464,6 +483,8 @@ def _problem(error: Any, typed: Mapping[str, str]) -> str:
         known = did_you_mean(".".join(path), keys(), 0.6)
         return f"{where}: there is no such key{known or '; --dry_run prints all'}"
     advice = error["msg"].replace("Input should", "it must").removeprefix("Value error, ")
+    if error["type"] == "missing":
+        advice = "one more value belongs to it"
     return f"{where} is {brief(error['input'])}; {advice}"
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -286,7 +287,8 @@ def train(
     run.check_room()
     if mesh.world.first:
         run.writers += [board.figures for board in boards]
-    done, _ = run.go(None, stopping)
+    with closing(data):
+        done, _ = run.go(None, stopping)
     return done
 
 
@@ -396,7 +398,7 @@ def _recipe(experiment: Experiment, opened: Opened) -> Any:
     except ValidationError as error:
         lines = (
             f"objective.{each['loc'][0]} is {brief(each['input'])}; "
-            f"{each['msg'].replace('Input should', 'it must')}"
+            f"{each['msg'].replace('Input should', 'it must').removeprefix('Value error, ')}"
             for each in error.errors()
         )
         raise InputError("\n".join(lines)) from None
@@ -472,6 +474,8 @@ def _clips(
         transform = replace(transform, resample="bilinear")
     width = getattr(opened.config, "text_width", opened.config.context_width)
     texts = None
+    if not width and data.caption is not None:
+        raise InputError(f"data.caption: {opened.name} reads no text; leave it out")
     if width:
         root = folder.parent if folder.name == "videos" else folder
         embedded = next((root / "t5_xxl").glob("*.pickle"), None)
@@ -639,7 +643,7 @@ class _Batches:
         self.names: dict[int, Sequence[str]] = {}
         # of which one is to be named where a gradient is not finite, as lines of the log find it
         self.most_named = trainer.grad_accum_iter * (trainer.logging_iter + 1)
-        self.batches: Iterator[Any] | None = None
+        self.batches: Generator[Any, None, None] | None = None
         dtype = training.dtype
         text = dtype if dtype == torch.float32 else torch.bfloat16
         compute = Compute(training.device, dtype, text, fused(training.device))
@@ -649,7 +653,7 @@ class _Batches:
         self.parts = Parts(training.opened, compute, loaded)
 
     def draw(self, number: int) -> tuple[Tensor, ...]:
-        self.batches = self.batches or iter(self.loader)
+        self.batches = self.batches or self.loader.__iter__()
         item = next(self.batches)
         self.names[number] = item["name"]
         if len(self.names) > self.most_named:
@@ -687,6 +691,11 @@ class _Batches:
         config, fps = training.opened.config, item["fps"].tolist()
         batch = training.module.make_batch(config, encoded.to(device), self._text(item), fps)
         return encoded, tuple(self.mesh.tp.share(each.to(device).contiguous()) for each in batch)
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        if self.batches:
+            self.batches.close()
 
     def named(self, number: int) -> str:
         return "; ".join(self.names.get(number, ())) or f"batch {number}"

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,7 @@ from worldline.families.autoregressive.model import (
 from worldline.families.autoregressive.weights import settings_of
 from worldline.family import Opened, Parts
 from worldline.losses import IGNORED, next_token_labels
+from worldline.request import Share
 from worldline.shapes import LatentShape
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network
@@ -55,9 +57,9 @@ class NextTokenObjective:
         text_dropout: share of prompts that are dropped, of models that read one.
     """
 
-    conditioning: int = 1
-    z_coefficient: float = 1e-4
-    text_dropout: float = 0.2
+    conditioning: Annotated[int, Field(ge=1)] = 1
+    z_coefficient: Annotated[float, Field(ge=0)] = 1e-4
+    text_dropout: Share = 0.2
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """(B,), 0 where the prompt is dropped, else 1."""

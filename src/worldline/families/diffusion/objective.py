@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from worldline.families.diffusion.family import complete, restore, sample_video
@@ -23,6 +24,7 @@ from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, denoising_loss, noised_latents
 from worldline.nn.pieces import encode_stream
 from worldline.nn.rope import Rotation
+from worldline.request import Positive, Share
 from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.sampling.solvers import finish, standard_noise
 from worldline.shapes import LatentShape
@@ -88,14 +90,14 @@ class DenoisingObjective:
         scale: of the loss.
     """
 
-    noise_factor: float = 1.0
+    noise_factor: Positive = 1.0
     noise_mean: float = 0.0
-    noise_deviation: float = 1.0
-    text_dropout: float = 0.0
-    most_conditioning: int = 0
+    noise_deviation: Positive = 1.0
+    text_dropout: Share = 0.0
+    most_conditioning: Annotated[int, Field(ge=0)] = 0
     condition_mean: float = -3.0
-    condition_deviation: float = 2.0
-    scale: float = 1.0
+    condition_deviation: Positive = 2.0
+    scale: Positive = 1.0
 
     def levels(self, uniform: Tensor) -> Tensor:
         """Noise levels (B,), float32, of uniform numbers (B,) float64 in (0, 1)."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from worldline.families.predict2_5.family import sample_window
@@ -21,6 +22,7 @@ from worldline.families.predict2_5.weights import settings_of
 from worldline.family import Opened, Parts
 from worldline.losses import condition_mask, flow_loss, flowed_latents, shifted_sigmas
 from worldline.nn.pieces import encode_stream
+from worldline.request import Share
 from worldline.sampling.flow import SHIFT, TIMESTEPS
 from worldline.sampling.solvers import finish, standard_noise
 from worldline.shapes import LatentShape
@@ -46,6 +48,12 @@ class Draws(NamedTuple):
     num_conditioning: Tensor
 
 
+def _some(shares: tuple[float, ...]) -> tuple[float, ...]:
+    if not sum(shares):
+        raise ValueError("one share at least is above 0")
+    return shares
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowObjective:
     """Recipe of a step.
@@ -56,10 +64,10 @@ class FlowObjective:
         high_share: share of clips whose noise level is one of the highest, drawn evenly.
     """
 
-    text_dropout: float = 0.2
-    conditioning: tuple[float, ...] = (0.5, 0.25, 0.25)
-    high_share: float = 0.0
-    shift: float = SHIFT
+    text_dropout: Share = 0.2
+    conditioning: Annotated[tuple[Share, ...], AfterValidator(_some)] = (0.5, 0.25, 0.25)
+    high_share: Share = 0.0
+    shift: Annotated[float, Field(ge=1)] = SHIFT
 
     def levels(self, normal: Tensor, chance: Tensor, choice: Tensor) -> Tensor:
         """Noise levels (B,), float32.

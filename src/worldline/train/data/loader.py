@@ -7,8 +7,9 @@ position is that of all processes together, so that any number of them can go on
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from threading import Thread
@@ -155,23 +156,23 @@ class Loader:
         broken = f"; {len(self.broken)} samples cannot be read" if self.broken else ""
         return f"{self.clips}{broken}"
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Generator[Item, None, None]:
         """Batches from the position on, which moves as they are taken.
 
         Raises:
             InputError: a hundred samples in a row, or all, cannot be read.
             Error: a worker ended.
         """
-        batches = self._batches() if self.together.first else iter(())
-        for epoch, sample in self._positions():
-            batch, failures = self.together.once(lambda: next(batches))
-            self._report(failures)
-            if not batch:
-                named = "; ".join(map(": ".join, [*self.broken.items()][-2:]))
-                number = len(failures) or len(self.broken)
-                raise InputError(f"{number} samples in a row cannot be read ({named})")
-            self.epoch, self.sample = epoch, sample + self._taken
-            yield batch
+        with closing(self._batches()) as batches:  # begins in the first process alone
+            for epoch, sample in self._positions():
+                batch, failures = self.together.once(lambda: next(batches))
+                self._report(failures)
+                if not batch:
+                    named = "; ".join(map(": ".join, [*self.broken.items()][-2:]))
+                    number = len(failures) or len(self.broken)
+                    raise InputError(f"{number} samples in a row cannot be read ({named})")
+                self.epoch, self.sample = epoch, sample + self._taken
+                yield batch
 
     def state(self) -> State:
         """Position and order, as JSON has it; all processes ask for it together."""
@@ -213,7 +214,7 @@ class Loader:
             places = self.ranks.deal(range(sample, sample + self._taken))
             yield [(epoch, place) for place in places]
 
-    def _batches(self) -> Iterator[tuple[Item, list[Failure]]]:
+    def _batches(self) -> Generator[tuple[Item, list[Failure]], None, None]:
         loader = DataLoader(
             _Stream(self.clips, self.order, self.shuffle["seed"], self.broken),
             batch_sampler=self._places(),
@@ -224,6 +225,7 @@ class Loader:
             multiprocessing_context=_worker_context() if self.num_workers else None,
             generator=torch.Generator(),  # else the number for workers is drawn from the run's
         )
+        batches: Any = None
         try:
             # in the main thread, torch would raise the death of a worker anywhere in its code
             with ThreadPoolExecutor(1) as pool:
@@ -238,6 +240,8 @@ class Loader:
                 f"a worker that reads samples ended: {one_line(error)}; it may lack memory "
                 f"(/dev/shm has {room} free), so give fewer workers, or 0"
             ) from None
+        finally:  # an error's trace may keep them, and Python waits at its end for those it ends
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
     def _report(self, failures: Sequence[Failure]) -> None:
         for name, reason in failures:
