@@ -20,6 +20,7 @@ import yaml
 from tests.cli.results import check_mentions
 from tests.states import read_state
 from worldline.cli.main import main
+from worldline.files import claimed
 from worldline.locate import locate
 from worldline.opening import open_world
 from worldline.train.experiment import short_form
@@ -274,6 +275,17 @@ def test_weights_without_a_state_are_not_overwritten(
     assert run(*line) == 2
     assert "job.name=OTHER" in capsys.readouterr().err
     assert kept.read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_folder(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / RUNS / AR
+    folder.mkdir(parents=True)
+    with claimed(folder):
+        assert run(*words(AR, videos, steps=1)) == 2
+    assert str(folder) in capsys.readouterr().err
+    assert not [*folder.iterdir()]
 
 
 def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

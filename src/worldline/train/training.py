@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from worldline.errors import InputError, brief, did_you_mean
 from worldline.family import FAMILIES, Compute, Opened, Parts
-from worldline.files import check_folder, digest
+from worldline.files import check_folder, claimed, digest
 from worldline.locate import locate
 from worldline.memory import device_memory
 from worldline.nn.modulation import fused
@@ -243,16 +243,31 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
 def train(
     training: Training, stopping: Callable[[], bool] = lambda: False, *, bar: bool = False
 ) -> int:
-    """Train to the end, or until it is to stop, with a progress bar; the number of steps done."""
+    """Train to the end, or until it is to stop, with a progress bar; the number of steps done.
+
+    Raises:
+        InputError: another run writes to its folder.
+    """
+    world, folder = training.mesh.world, training.experiment.folder
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if world.first:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(claimed(folder))
+
+        world.together(claim)
+        return _train(training, stopping, bar)
+
+
+def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
     experiment, mesh = training.experiment, training.mesh
-    folder = experiment.folder
-    if mesh.world.first:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder, world = experiment.folder, mesh.world
+    if world.first:
         (folder / _CONFIG).write_text(experiment.to_yaml())
     if experiment.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    world = mesh.world
     boards = world.together(lambda: [*open_boards(experiment)] if world.first else [])
     step, sharded, files = _module(training)
     data = _Batches(training, step)
