@@ -374,6 +374,35 @@ def test_stopped_runs_go_on_bit_for_bit(root: Path, videos: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what torch itself imports
+def test_compiled_blocks(root: Path, videos: Path) -> None:
+    """Losses are those of plain ones, up to rounding."""
+    losses = []
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        line = words(AR, videos, f"trainer.compile={compiled}", "trainer.sample_iter=0", steps=3)
+        assert run("--name", name, *line) == 0
+        log = (root / RUNS / name / "checkpoints" / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(one)["loss"] for one in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_no_compiler(
+    root: Path,
+    videos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no C++ compiler\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda _: fail)
+    assert run("--dry_run", *words(AR, videos, "trainer.compile=true")) == 2
+    error = capsys.readouterr().err
+    assert "trainer.compile" in error
+    assert "(RuntimeError: no C++ compiler)" in error
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_ends(root: Path, videos: Path) -> None:
     """It names the batch, and does not wait for those that read ahead."""
     keys = ["optimizer.lr=1e30", "trainer.clip_norm=1e30", "data.video_size=[64,96]"]

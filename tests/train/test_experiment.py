@@ -112,7 +112,6 @@ def test_the_two_copies_of_a_released_key_agree() -> None:
         (["optimizer=3", "optimizer.lr.x=2"], ("optimizer",)),
         (["checkpoint.format=nemo"], ("checkpoint.format is 'nemo'", "reference")),
         (["checkpoint.load_training_state=true"], ("load_training_state", "checkpoint.load_path")),
-        (["trainer.compile=true"], ("trainer.compile is True", "available")),
         (["scheduler.f_max=0.5"], ("scheduler.f_max", "scheduler.kind=cosine")),
         (["scheduler.kind=linear", "scheduler.decay=7"], ("scheduler.decay", "kind=linear")),
         (["lora.targets=[to_q]"], ("lora.targets", "lora.rank=0")),

@@ -195,6 +195,7 @@ class TrainerSettings(Section):
             Predict1's diffusion models.
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
+        compile: blocks, by torch.compile: some minutes before the first step, and faster ones.
         logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and videos
             of two clips beside the truth, held-out ones where there are any; 0 makes none.
     """
@@ -206,7 +207,7 @@ class TrainerSettings(Section):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reference_state: bool = False
     activation_checkpointing: Switch = "auto"
-    compile: Annotated[bool, _later(False)] = False
+    compile: bool = False
     deterministic: bool = False
     logging_iter: Count = 10
     run_validation: bool = True

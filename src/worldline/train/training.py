@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib import import_module
@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from worldline.errors import InputError, brief, did_you_mean
+from worldline.errors import InputError, brief, did_you_mean, one_line
 from worldline.family import FAMILIES, Compute, Opened, Parts
 from worldline.files import check_folder, claimed, digest
 from worldline.locate import locate
@@ -200,6 +200,8 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
         held_out = _clips(data, data.validation_dir, opened, video, precision, world)
     training = Training(experiment, opened, clips, held_out, recipe, mesh, place)
     world.once(partial(_check_state, training))
+    if experiment.trainer.compile:
+        world.together(partial(_check_compiler, place))
     return training
 
 
@@ -219,7 +221,6 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
     grid, config, tokenizer = training.grid, opened.config, opened["tokenizer"]
     tokens = grid.tokens if not hasattr(config, "tokens") else config.tokens(grid).tokens
     tokens *= experiment.data.batch_size
-    pixels = training.video.frames * training.video.height * training.video.width
     compute = Compute(training.device, training.dtype, training.dtype, False)
     sizes = Sizes(
         parameters=sum(counts.values()) // layout.tp,
@@ -230,7 +231,7 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
         stream=config.width * itemsize,
         inside=config.saved_numbers * itemsize // layout.tp,
         loss=training.module.loss_bytes(config, tokens, itemsize),
-        tokenizer=tokenizer.nbytes(compute) + 24 * pixels,
+        tokenizer=tokenizer.nbytes(compute) + coding_bytes_of(training, compute),
         state=training.state.itemsize,
     )
     average = experiment.average.enabled
@@ -238,6 +239,18 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
         again: plan_memory(sizes, layout.dp, training.dtype, average=average, checkpointed=again)
         for again in (False, True)
     }
+
+
+def coding_bytes_of(training: Training, compute: Compute) -> int:
+    """Bytes in which the tokenizer encodes a clip, and decodes the video of one."""
+    opened, video = training.opened, training.video
+    family, nbytes = opened.family, 24 * video.frames * video.height * video.width
+    sizes = dict(zip(("num_video_frames", "height", "width"), astuple(video), strict=True))
+    if sizes.keys() <= family.request.model_fields.keys():  # of others a model has one size
+        request = family.request.parse({**opened.defaults, **sizes})
+        stages = family.stages(opened, request, compute)
+        nbytes += max(stage.activations for stage in stages if stage.uses == "tokenizer")
+    return nbytes
 
 
 def train(
@@ -419,6 +432,25 @@ def _recipe(experiment: Experiment, opened: Opened) -> Any:
         raise InputError("\n".join(lines)) from None
 
 
+def _check_compiler(device: torch.device) -> None:
+    """Refuse to compile where torch cannot: on a CPU it needs a C++ compiler, on a GPU Triton.
+
+    Raises:
+        InputError: it fails for the smallest function.
+    """
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x.sin()
+
+    try:
+        torch.compile(double)(torch.ones(2, device=device))
+    except Exception as error:  # of many classes
+        reason = one_line(error)
+        raise InputError(
+            f"trainer.compile is true, but torch cannot compile here ({reason}); leave it out"
+        ) from error
+
+
 def _check_parallel(opened: Opened, tp: int, count: int, lora: bool) -> None:
     if count % tp:
         raise InputError(
@@ -582,8 +614,10 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
     for parameter in trainable(step).values():
         parameter.data = parameter.data.to(training.state)
     blocks = step.BLOCKS
-    if training.checkpointed:
-        for block in model.get_submodule(blocks).children():
+    for block in model.get_submodule(blocks).children():
+        if training.experiment.trainer.compile:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if training.checkpointed:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     sharded = share(
         step,
