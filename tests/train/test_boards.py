@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from worldline.errors import Error, InputError
-from worldline.train.boards import check_boards, open_boards
+from worldline.train.boards import TensorBoard, check_boards, open_boards
 from worldline.train.experiment import Experiment, short_form
 
 PACKAGE = """
@@ -54,6 +56,24 @@ def test_figures_and_videos(installed: None) -> None:
     assert first == second
     assert (first["name"], first["config"]["model"]) == ("mine", wanted.model)
     assert calls[1:3] == [(3, {"loss": 0.5}), (3, {"sample 0": "video a.mp4"})]
+
+
+def test_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every figure by its name, and the last frame of a video."""
+    writer = MagicMock()
+    module = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    board = TensorBoard(tmp_path)
+    board.figures(3, {"loss": 0.5, "norm": 2.0})
+    frames = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    board.video(3, "sample 0", frames, Path("a.mp4"))
+    assert [call.args for call in writer.add_scalar.mock_calls] == [
+        ("loss", 0.5, 3),
+        ("norm", 2.0, 3),
+    ]
+    [(name, picture, step)] = [call.args for call in writer.add_image.mock_calls]
+    assert (name, step) == ("sample 0", 3)
+    assert (picture == frames[1]).all()
 
 
 def test_one_that_does_not_begin(installed: None) -> None:

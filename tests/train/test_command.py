@@ -355,10 +355,11 @@ COMMAND = [sys.executable, "-m", "worldline", "train"]
 
 @pytest.mark.slow
 def test_stopped_runs_go_on_bit_for_bit(root: Path, videos: Path) -> None:
-    """By SIGTERM, which saves; `test_kills` has those that save nothing."""
+    """By SIGTERM, which saves; `test_kills` has those that save nothing. Videos change nothing."""
     line = words(AR, videos, "checkpoint.save_iter=2", "checkpoint.keep_last=1", steps=6)
     folders = {name: root / RUNS / name / "checkpoints" for name in ("whole", "cut")}
     assert run("--name", "whole", *line) == 0
+    line.append("trainer.sample_iter=3")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([*COMMAND, "--name", "cut", *line], env=environment)
     log, begun = folders["cut"] / "log.jsonl", time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from tests.train.test_command import AR, MODELS, RUNS, root, run, videos, words
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.objective import NextTokenObjective, TrainingStep
 from worldline.shapes import LatentShape
+from worldline.train.experiment import short_form
 from worldline.train.loop import LoopConfig, Objective, fit
 from worldline.train.optim import Rising
+from worldline.train.training import prepare, train
 from worldline.video.read import read_video
 from worldline.weights.checkpoint import open_checkpoint
 
@@ -97,6 +100,23 @@ def test_videos_are_made_with_the_averages(tmp_path: Path) -> None:
     assert torch.equal(seen[-1][1], average.values["weight"])
     assert not torch.equal(seen[-1][1], model.weight)
     assert torch.equal(read_state(tmp_path)["weights/weight"], model.weight)
+
+
+def test_clips_that_vanish(root: Path, videos: Path, tmp_path: Path) -> None:
+    """A run goes on without the videos of clips that cannot be read any more."""
+    held_out = tmp_path / "held"
+    shutil.copytree(videos, held_out)
+    keys = [f"data.validation_dir={held_out}", *SMALL, "trainer.sample_iter=1"]
+    experiment = short_form(
+        "diffusion",
+        {"model": MODELS[1], "job": {"name": "x"}, "data": {"dataset_dir": str(videos)}},
+        [*keys, "trainer.max_iter=1", "data.num_workers=0", "checkpoint.save_state=false"],
+    )
+    training = prepare(experiment, "cpu", "checkpoints")
+    for path in held_out.glob("*.mp4"):
+        path.unlink()
+    assert train(training) == 1
+    assert not [*training.experiment.folder.glob("samples/*")]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from worldline.errors import Error, one_line
+from worldline.errors import Error, InputError, one_line
 from worldline.family import Parts
 from worldline.nn.pieces import decode_stream
 from worldline.parallel.mesh import Mesh
@@ -64,7 +64,10 @@ class Samples:
             log.info("step %d: clips, and what the model makes of them: %s", done, self.folder)
         total = dp.count * -(-_COUNT // dp.count)
         for number in range(dp.rank, total, dp.count):
-            item = default_collate([clips[number * len(clips) // total]])
+            item, problem = self._read(clips, number * len(clips) // total)
+            if problems := [*filter(None, self.mesh.world.every(problem))]:
+                log.warning("step %d: no videos: %s", done, problems[0])
+                return
             encoded, batch = self.encode(item)
             predict: Any = self.step.predict
             predicted = predict(self.parts, *batch)
@@ -72,6 +75,13 @@ class Samples:
                 truth = item["video"][0].permute(1, 2, 3, 0).numpy()
                 columns = truth, self._decode(encoded), self._decode(predicted)
                 self._write(done, number, np.concatenate(columns, 2), float(item["fps"][0]))
+
+    def _read(self, clips: Clips, index: int) -> tuple[Item, str]:
+        """A batch of one clip, and why it cannot be read."""
+        try:
+            return default_collate([clips[index]]), ""
+        except (InputError, OSError) as error:
+            return {}, one_line(error)
 
     def _decode(self, encoded: Tensor) -> Frames:
         tensor = self.to_tokenizer(self.parts, encoded)

@@ -8,6 +8,7 @@ in that of the computation (FSDP, arXiv 2304.11277).
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def share_layers(
     Returns:
         Names of parameters that are cut, and the axis of it.
     """
+    # which warns, in every process, of the two gathers of a weight that is cut twice
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     cut: dict[str, int] = {}
     for path, layer in network.named_modules():
         for name, parameter in [*layer.named_parameters(recurse=False)]:
