@@ -310,15 +310,18 @@ class Run:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The module computes with the averaged weights, where these are kept; nothing changes."""
-        self._swap()
+        averages = self.average.values if self.average else {}
+        newest = {name: self.parameters[name].detach().to("cpu", copy=True) for name in averages}
         try:
+            self._fill(averages)
             yield
-        finally:
-            self._swap()
+        finally:  # from copies: averages do not fit into weights of another precision
+            self._fill(newest)
 
-    def _swap(self) -> None:
-        if self.average:
-            self.average.swap()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        """Set weights to other ones."""
+        for name, value in values.items():
+            self.parameters[name].data.copy_(value)
         self._reshard()
 
     def _reshard(self) -> None:

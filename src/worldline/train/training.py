@@ -408,21 +408,21 @@ def _objective(opened: Opened) -> Any:
 
 
 def _recipe(experiment: Experiment, opened: Opened) -> Any:
-    """The family's recipe with the experiment's fields, over those of released experiments.
+    """The family's recipe with the experiment's fields.
 
     Raises:
         InputError: a field is unknown, or wrong.
     """
     objective = _objective(opened)
     kind = objective.TrainingStep.RECIPE
+    own: dict[str, Any] = getattr(objective, "recipe_of", lambda config: {})(opened.config)
     known = [field.name for field in fields(kind)]
     for name in experiment.objective:
         if name not in known:
             advice = did_you_mean(name, known, 0.6) or f"; there are: {', '.join(known)}"
             raise InputError(f"objective.{name}: {opened.name} has no such field{advice}")
     try:
-        stated = {**objective.released_recipe(opened), **experiment.objective}
-        return TypeAdapter(kind).validate_python(stated)
+        return TypeAdapter(kind).validate_python({**own, **experiment.objective})
     except ValidationError as error:
         lines = (
             f"objective.{each['loc'][0]} is {brief(each['input'])}; "

@@ -227,6 +227,15 @@ class TrainingStep(nn.Module):
         return finish(steps) / SIGMA_DATA
 
 
+def recipe_of(config: DiTConfig) -> dict[str, Any]:
+    """Fields of the released recipe in which models that are given frames differ.
+
+    Source: nvidia-cosmos/cosmos-predict1 `diffusion/training/config/video2world`.
+    """
+    given = {"noise_factor": 4.0, "text_dropout": 0.2, "most_conditioning": 2}
+    return given if config.condition_mask else {}
+
+
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (
     ("iter_{step:09}_reg_model.pt", "weights", torch.bfloat16),
@@ -257,13 +266,6 @@ def read_uncertainty(source: Checkpoint) -> Uncertainty | None:
     uncertainty = Uncertainty(len(tensors["phases"]))
     uncertainty.load_state_dict(tensors)
     return uncertainty
-
-
-def released_recipe(opened: Opened) -> dict[str, Any]:
-    """Fields of the recipe that differ from its defaults in the released training of a model."""
-    if not opened.config.condition_mask:
-        return {}
-    return {"noise_factor": 4.0, "text_dropout": 0.2, "most_conditioning": 2}
 
 
 def released_name(keys: KeyMap, name: str) -> str:

@@ -184,11 +184,6 @@ def make_step(
     return TrainingStep(model, recipe, grid)
 
 
-def released_recipe(opened: Opened) -> dict[str, Any]:
-    """Fields of the recipe that differ from its defaults in the released training of a model."""
-    return {}
-
-
 def released_name(keys: KeyMap, name: str) -> str:
     """Name in files of a parameter of a step."""
     return keys.released(name.removeprefix("network."))
