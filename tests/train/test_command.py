@@ -313,6 +313,8 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ([AR, "--videos", "VIDEOS", "--name", "x" * 256], ("job.name", "255")),
         ([AR, "--videos", "VIDEOS", "--", f"trainer.max_iter={10**9}"], ("max_iter", "999999999")),
         ([AR, "--videos", "VIDEOS", "--", "objective.conditioning=0"], ("conditioning is 0",)),
+        ([AR, "--videos", "VIDEOS", "--", "objective.conditioning=5"], ("5 latent frames", "(5)")),
+        ([AR, "--videos", "VIDEOS", "--num_frames", "1"], ("1 x 128 x 192", "conditioning (1)")),
         (
             [MODELS[2], "--videos", "VIDEOS", "--", "objective.conditioning=[0,0]"],
             ("objective.conditioning", "above 0"),

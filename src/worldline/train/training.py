@@ -188,7 +188,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     tp = experiment.parallel.tensor_model_parallel_size
     _check_parallel(opened, tp, world.count, experiment.lora.rank > 0)
     video = _video(experiment, opened)
-    _check_grid(opened, video)
+    _check_grid(opened, video, recipe)
     mesh = make_mesh(Layout(dp=world.count // tp, tp=tp), world)
     data = experiment.data
     if data.dataset_dir is None:
@@ -494,12 +494,13 @@ def _grid(opened: Opened, video: VideoShape) -> LatentShape:
     return grid
 
 
-def _check_grid(opened: Opened, video: VideoShape) -> None:
-    """Raise `InputError` for a size that the tokenizer or the network does not take."""
+def _check_grid(opened: Opened, video: VideoShape, recipe: Any) -> None:
+    """Raise `InputError` for a size that the tokenizer, the network or the step does not take."""
     try:
         grid = _grid(opened, video)
         if hasattr(opened.config, "tokens"):
             opened.config.tokens(grid)
+        getattr(_objective(opened), "check_grid", lambda recipe, grid: None)(recipe, grid)
     except ValueError as error:
         raise InputError(
             f"data.num_frames and data.video_size make {_words(video)}: {error}"

@@ -153,6 +153,15 @@ class TrainingStep(nn.Module):
         return self.positions[where]
 
 
+def check_grid(recipe: NextTokenObjective, grid: LatentShape) -> None:
+    """Raise `ValueError` for a clip whose frames are all given."""
+    if recipe.conditioning >= grid.frames:
+        raise ValueError(
+            f"{grid.frames} latent frames, of which objective.conditioning ({recipe.conditioning}) "
+            "are given; one more at least is predicted"
+        )
+
+
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (("iter_{step:09}.pt", "weights", torch.bfloat16),)
 LATEST = "iter_{step:09}.pt"

@@ -217,7 +217,7 @@ class TrainingStep(nn.Module):
         Arguments are those that `make_batch` made of one clip. It begins with the first frame where
         frames are given in training; the branch without a prompt is that of a dropped one.
         """
-        given = int(self.recipe.most_conditioning > 0)
+        given = int(self.recipe.most_conditioning > 0 and latents.shape[2] > 1)
         stated = {**parts.opened.defaults, "fps": float(fps[0]), "num_input_frames": given}
         request = complete(parts.opened, DiffusionRequest.parse(stated))
         noise = standard_noise(request.seed, latents.shape).to(latents.device)

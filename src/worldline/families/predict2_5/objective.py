@@ -162,7 +162,8 @@ class TrainingStep(nn.Module):
         """
         request = FlowRequest.parse(parts.opened.defaults)
         noise = standard_noise(request.seed, latents.shape).to(latents.device)
-        known = latents[:, :, :1].float() if any(self.recipe.conditioning[1:]) else None
+        given = any(self.recipe.conditioning[1:]) and latents.shape[2] > 1
+        known = latents[:, :, :1].float() if given else None
         prompts = text, torch.zeros_like(text)
         _, steps = sample_window(parts, request, self.network, noise, known, prompts)
         return finish(steps)
