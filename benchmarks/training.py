@@ -122,6 +122,7 @@ def run(case: Case, root: Path, steps: int, words: list[str], memory: float) -> 
         given = [*case.flags, *words]
         command += [word for word in given if "=" not in word]
         command += ["--", "trainer.logging_iter=1", "checkpoint.save_state=false"]
+        command += ["trainer.sample_iter=0"]  # nobody looks
         command += [word for word in given if "=" in word]
         environment = {**os.environ, "OUTPUT_ROOT": str(folder / "runs")}
         if memory:

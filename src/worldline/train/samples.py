@@ -74,7 +74,8 @@ class Samples:
             if self.mesh.tp.first:
                 truth = item["video"][0].permute(1, 2, 3, 0).numpy()
                 columns = truth, self._decode(encoded), self._decode(predicted)
-                self._write(done, number, np.concatenate(columns, 2), float(item["fps"][0]))
+                fps = float(item["fps"][0]) / clips.window.interval
+                self._write(done, number, np.concatenate(columns, 2), fps)
 
     def _read(self, clips: Clips, index: int) -> tuple[Item, str]:
         """A batch of one clip, and why it cannot be read."""

@@ -218,8 +218,9 @@ class TrainingStep(nn.Module):
         frames are given in training; the branch without a prompt is that of a dropped one.
         """
         given = int(self.recipe.most_conditioning > 0 and latents.shape[2] > 1)
-        stated = {**parts.opened.defaults, "fps": float(fps[0]), "num_input_frames": given}
+        stated = {**parts.opened.defaults, "num_input_frames": given}
         request = complete(parts.opened, DiffusionRequest.parse(stated))
+        request = request.model_copy(update={"fps": float(fps[0])})  # whatever videos have
         noise = standard_noise(request.seed, latents.shape).to(latents.device)
         known = SIGMA_DATA * latents[:, :, :given].float() if given else None
         prompts = text, torch.zeros_like(text)
