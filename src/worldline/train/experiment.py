@@ -195,7 +195,7 @@ class TrainerSettings(Section):
             Predict1's diffusion models.
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
-        compile: blocks, by torch.compile: some minutes before the first step, and faster ones.
+        compile: whether blocks are compiled, by torch.compile, in the first step.
         logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and videos
             of two clips beside the truth, held-out ones where there are any; 0 makes none.
     """
