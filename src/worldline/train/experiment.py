@@ -86,17 +86,6 @@ def _sides(value: Any) -> Any:
     return int(height), int(width)
 
 
-def _later(value: Any) -> AfterValidator:
-    """Refuses all but a value, as the others are not available yet."""
-
-    def check(given: Any) -> Any:
-        if given != value:
-            raise ValueError("it is not available yet; leave it out")
-        return given
-
-    return AfterValidator(check)
-
-
 class Section(BaseModel):
     """Part of an experiment."""
 
