@@ -161,7 +161,7 @@ def test_noise_levels_and_the_last_layers_are_float32() -> None:
     [
         (LatentShape(3, 5, 8), "multiples of"),
         (LatentShape(7, 6, 8), "positions"),
-        (LatentShape(3, 12, 8), "frames=6, height=5, width=7"),
+        (LatentShape(3, 12, 8), "6 x 10 x 14"),
     ],
 )
 def test_grids_that_the_model_has_no_positions_for(grid: LatentShape, message: str) -> None:

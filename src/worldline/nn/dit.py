@@ -113,7 +113,8 @@ class DiTSizes:
         if any(cells % patch or cells > most for cells, patch, most in axes):
             cells, patch, most = (" x ".join(map(str, sides)) for sides in zip(*axes, strict=True))
             raise ValueError(
-                f"{cells} latent cells; sides must be multiples of {patch}, and at most {most}"
+                f"{cells} latent cells; sides must be multiples of {patch}; positions reach to "
+                f"{most}"
             )
         return LatentShape(*(cells // patch for cells, patch, _ in axes))
 
