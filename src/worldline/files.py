@@ -1,7 +1,6 @@
 """Files: names, atomic writing, fingerprints, what is not whole; needs no torch."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -71,25 +70,6 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{folder}: it cannot be written: {strerror(error)}") from error
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """A folder that no other process claims meanwhile, where the file system has locks.
-
-    Raises:
-        InputError: one has.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{folder}: another run writes there; wait for its end") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def remove_stale(path: Path) -> None:

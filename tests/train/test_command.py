@@ -20,11 +20,10 @@ import yaml
 from tests.cli.results import check_mentions
 from tests.states import read_state
 from worldline.cli.main import main
-from worldline.files import claimed
 from worldline.locate import locate
 from worldline.opening import open_world
 from worldline.train.experiment import short_form
-from worldline.train.training import prepare
+from worldline.train.training import claimed, prepare
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 from worldline.weights.networks import open_adapter

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -25,7 +26,7 @@ from torch.utils.data import default_collate
 
 from worldline.errors import InputError, brief, did_you_mean, one_line
 from worldline.family import FAMILIES, Compute, Opened, Parts
-from worldline.files import check_folder, claimed, digest
+from worldline.files import check_folder, digest
 from worldline.locate import locate
 from worldline.memory import device_memory
 from worldline.nn.modulation import fused
@@ -251,6 +252,25 @@ def coding_bytes_of(training: Training, compute: Compute) -> int:
         stages = family.stages(opened, request, compute)
         nbytes += max(stage.activations for stage in stages if stage.uses == "tokenizer")
     return nbytes
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder that no other process claims meanwhile, where the file system has locks.
+
+    Raises:
+        InputError: one has.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another run writes there; wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def train(
