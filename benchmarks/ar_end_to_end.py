@@ -118,8 +118,11 @@ def architecture(name: str) -> tuple[ARTransformerConfig, DiTConfig, dict[str, A
     return config, decoder, TINY_T5
 
 
-def write_weights(root: Path, name: str, *, with_text: bool) -> Path:
-    """Write everything that a run reads, in the official layout; return the model's folder."""
+def write_weights(root: Path, name: str, *, with_text: bool, with_decoder: bool = True) -> Path:
+    """Write everything that a run reads, in the official layout; return the model's folder.
+
+    Training reads neither the diffusion decoder nor its tokenizer.
+    """
     torch.manual_seed(0)
     config, decoder, text = architecture(name)
     small = name.startswith("tiny")
@@ -138,6 +141,8 @@ def write_weights(root: Path, name: str, *, with_text: bool) -> Path:
                 save(tensors, discrete / f"{half}.safetensors")
         if not small:
             torch.save({"model": network, "iteration": 0}, discrete / "model.pt")
+    if not with_decoder:
+        return folder
     write_dit(root / DECODERS["Predict1"], decoder)
     if small:  # no tensor holds the stretching, which goes by the width
         (root / DECODERS["Predict1"] / "config.json").write_text(
