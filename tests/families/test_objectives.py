@@ -14,11 +14,12 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.objective import NextTokenObjective
-from worldline.families.diffusion.model import DiT, DiTConfig
-from worldline.families.diffusion.objective import DenoisingObjective, Draws
+from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
+from worldline.families.diffusion.objective import DenoisingObjective, Draws, recipe_of
 from worldline.families.predict2_5.objective import FlowObjective, high_levels
 from worldline.losses import IGNORED, next_token_loss
 from worldline.shapes import LatentShape
+from worldline.train.experiment import read
 
 CONFIG = ARTransformerConfig(
     depth=2,
@@ -142,3 +143,11 @@ def test_clips_of_a_batch_keep_their_frame_rates() -> None:
     each = [alone(clip, float(rate)) for clip, rate in enumerate(fps)]
     assert torch.allclose(losses, torch.stack(each), rtol=1e-5)
     assert not torch.isclose(losses[0], alone(0, 30.0), rtol=1e-5)
+
+
+def test_models_that_are_given_frames_have_the_released_recipe() -> None:
+    """So that the short form trains a Video2World model as its released experiment does."""
+    config = next(iter(PRESETS.values()))
+    own = {given: recipe_of(replace(config, condition_mask=given)) for given in (False, True)}
+    assert own[True] == read("video2world_7b_example_hdvila").objective
+    assert own[False] == read("text2world_7b_example_cosmos_nemo_assets").objective
