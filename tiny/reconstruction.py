@@ -39,17 +39,21 @@ def train_reconstruction(
     *,
     piece: VideoShape | None = None,
     compiled: bool = True,
+    pool: ClipPool | None = None,
 ) -> int:
-    """Train a float32 tokenizer to reconstruct generated clips; the number of steps done.
+    """Train a float32 tokenizer to reconstruct clips; the number of steps done.
 
-    Weights of the objective are constant. Clips are cut to `piece`, anywhere in their picture but
-    at one place for a whole batch. --compile compiles the network as a whole if `compiled` is set.
+    They are those of `pool`, by default generated ones. Weights of the objective are constant.
+    Clips are cut to `piece`, anywhere in their picture but at one place for a whole batch.
+    --compile compiles the network as a whole if `compiled` is set.
     """
     batch, clips, device = run.batch or 48, run.clips or 24_000, run.device
     shape, config = sizes.SHAPE, model.config
     piece = piece or shape
-    seeds = run.seeds(clips)
-    pool = ClipPool(clip_batches(seeds, shape, device, workers=run.workers), len(seeds), shape)
+    if pool is None:
+        seeds = run.seeds(clips)
+        drawn = clip_batches(seeds, shape, device, workers=run.workers)
+        pool = ClipPool(drawn, len(seeds), shape)
     grid = piece.latent(config.temporal, config.spatial)
     latents = (batch, config.latent_channels, grid.frames, grid.height, grid.width)
     measure = run.compile(reconstruction_loss) if compiled else reconstruction_loss
