@@ -187,6 +187,9 @@ def measure_check(clips: int, size: tuple[int, int, int]) -> dict[str, Any]:
 @click.option("--clips", default=100, show_default=True, help="Unseen clips, and prompts.")
 @click.option("--check_clips", default=300, show_default=True, help="To try the check itself.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Default: all.")
+@click.option(
+    "--first_seed", default=FIRST_SEED, show_default=True, help="To choose settings: 900000."
+)
 @click.option("--num_steps", type=int, help="Default: the world's.")
 @click.option("--guidance", type=float, help="Default: the world's.")
 @click.option("--device", default=None)
@@ -198,6 +201,7 @@ def main(
     clips: int,
     check_clips: int,
     tasks: tuple[str, ...],
+    first_seed: int,
     num_steps: int | None,
     guidance: float | None,
     device: str | None,
@@ -225,7 +229,7 @@ def main(
     rows: dict[str, list[tuple[Frames, str]]] = {task: [] for task in measured}
     report: dict[str, Any] = {}
     for number in range(clips):
-        seed = FIRST_SEED + number
+        seed = first_seed + number
         clip = make_clips([seed], *size, return_masks=True)
         assert clip.masks is not None
         truth, masks, caption = clip.frames[0].numpy(), clip.masks[0].numpy(), clip.captions[0]
@@ -261,7 +265,7 @@ def main(
         "frames_height_width": size,
         "torch": torch.__version__,
         "device": str(world.device),
-        "seeds": [FIRST_SEED, FIRST_SEED + clips - 1],
+        "seeds": [first_seed, first_seed + clips - 1],
         "sampling": {name: report[name] for name in SAMPLING if name in report},
         "frames_given": frames_given,
         "prompt": "the caption of the clip, also where frames are given",

@@ -24,7 +24,7 @@ from worldline.train.optim import Rising
 
 # Shares of clips with no conditioning latent frame, one (an image), or two: the fewer, the more
 # there is to learn.
-_NUM_CONDITIONING = (0.5, 0.2, 0.3)
+NUM_CONDITIONING = (0.5, 0.2, 0.3)
 _TEXT_DROPPED = 0.1
 _HELD_OUT_BATCHES = 8
 
@@ -80,6 +80,8 @@ def train_captioned(
     export: Callable[[Path], None],
     *,
     noises: tuple[int, ...] = (),
+    conditioning: tuple[float, ...] = NUM_CONDITIONING,
+    often: tuple[str, ...] = (),
 ) -> None:
     """Train a model on captioned clips, some with a `blank` text in place of their own.
 
@@ -95,33 +97,43 @@ def train_captioned(
         levels: unit normal numbers (B,) -> noise levels.
         export: writes the model below a folder.
         noises: axes in front of the noise.
+        conditioning: shares of clips with no conditioning latent frame, with one, ...
+        often: words; clips are drawn once more for each of them that their caption has.
     """
     size, num_clips = run.batch or 256, run.clips or 80_000
 
     def encode_clips(seeds: range, workers: int) -> Clips:
-        """Latents (clips, C, t, h, w), bf16, and texts on the CPU, as drawn and mirrored."""
+        """Latents (clips, C, t, h, w), bf16, and on the CPU texts, as drawn and mirrored.
+
+        With `often` there are weights (clips,) by which they are drawn, the last.
+        """
         batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
         latents, captions = encode_views(batches, run.half, lambda video: encode(video).bfloat16())
-        return latents, *tokenize(captions)
+        weights = [1.0 + sum(word in caption for word in often) for caption in captions]
+        return latents, *tokenize(captions), *([torch.tensor(weights)] if often else ())
 
     def draw(clips: Clips, step: int) -> tuple[Tensor, ...]:
         draws = generator(run.seed, step, rank=run.ranks.rank)
-        chosen = torch.randint(len(clips[0]), (size,), generator=draws)
+        latents, texts, weights = clips[0], clips[1 : 1 + len(blank)], clips[1 + len(blank) :]
+        if weights:
+            chosen = torch.multinomial(weights[0], size, replacement=True, generator=draws)
+        else:
+            chosen = torch.randint(len(latents), (size,), generator=draws)
         dropped = torch.rand(size, generator=draws) < _TEXT_DROPPED
         other = torch.randint(len(blank[0]), (size,), generator=draws)
-        shares = torch.tensor(_NUM_CONDITIONING)
+        shares = torch.tensor(conditioning)
         count = torch.multinomial(shares, size, replacement=True, generator=draws)
         sigma = levels(torch.randn(size, generator=draws))
-        texts = [
+        read = [
             torch.where(dropped[:, None], nothing[other], text[chosen])
-            for text, nothing in zip(clips[1:], blank, strict=True)
+            for text, nothing in zip(texts, blank, strict=True)
         ]
-        chosen, *others = (to_device(t, run.device) for t in (chosen, *texts, sigma, count))
-        latents = clips[0][chosen].float()
+        chosen, *others = (to_device(t, run.device) for t in (chosen, *read, sigma, count))
+        latents = latents[chosen].float()
         return latents, draw_noise(run, step, *noises, *latents.shape), *others
 
     pool = encode_clips(run.seeds(num_clips), run.workers)
-    held_out = encode_clips(run.held_out(256, num_clips), 0)
+    held_out = encode_clips(run.held_out(256, num_clips), 0)[: 1 + len(blank)]  # all as often
     train_denoiser(run, model, pool, held_out, draw, export)
 
 

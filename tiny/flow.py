@@ -6,11 +6,12 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.denoiser import train_captioned
+from tiny.denoiser import NUM_CONDITIONING, train_captioned
 from tiny.encoders import export_reason1, new_reason1
 from tiny.export import dit_settings, dit_tensors, draw_weights, export_network
 from tiny.run import NEGATIVE_PROMPT, TOKENIZER, Run, recipe
@@ -29,8 +30,28 @@ WORLD = "Cosmos-Predict2.5-2B"
 _DEVIATION = 1.4
 
 
-@recipe(TOKENIZER, NEGATIVE_PROMPT)
-def flow(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> None:
+@recipe(
+    TOKENIZER,
+    NEGATIVE_PROMPT,
+    click.option(
+        "--conditioning",
+        type=float,
+        nargs=len(NUM_CONDITIONING),
+        default=NUM_CONDITIONING,
+        show_default=True,
+        help="Shares of clips that are given 0, 1 or 2 latent frames.",
+    ),
+    click.option(
+        "--often", multiple=True, help="Word for which captions that have it are drawn once more."
+    ),
+)
+def flow(
+    run: Run,
+    tokenizer: Path,
+    negative_prompt: tuple[str, ...],
+    conditioning: tuple[float, ...],
+    often: tuple[str, ...],
+) -> None:
     """Train the flow transformer, and its Reason1 encoder with it, as `diffusion` does."""
     coder = open_wan(tokenizer).read(run.device, run.half)
     torch.manual_seed(run.seed)
@@ -49,7 +70,17 @@ def flow(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> None:
 
     blank = model.text.tokenize(["", *negative_prompt])
     levels = partial(shifted_sigmas, deviation=_DEVIATION)
-    train_captioned(run, model, coder.encode, model.text.tokenize, blank, levels, export)
+    train_captioned(
+        run,
+        model,
+        coder.encode,
+        model.text.tokenize,
+        blank,
+        levels,
+        export,
+        conditioning=conditioning,
+        often=often,
+    )
 
 
 class Flowing(nn.Module):

@@ -20,13 +20,14 @@ import worldline
 from tests.states import read_state
 from tiny import reconstruction, sizes
 from tiny.clips import as_video
-from tiny.denoiser import rounded_to
+from tiny.denoiser import rounded_to, train_captioned
 from tiny.encoders import new_reason1
 from tiny.export import draw_weights
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.motion import FPS
 from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
+from tiny.scenes import draw_scenes
 from tiny.wan import compile_between_convolutions
 from worldline import locate
 from worldline.families.predict2_5.model import FlowDiT
@@ -200,6 +201,46 @@ def test_a_step_waits_for_no_number() -> None:
     reconstruction_loss(*measured)  # the statistics of latents are copied once
     with _Reads():
         reconstruction_loss(*measured)[0].backward()
+
+
+class Drawn(Exception):
+    """Ends a recipe once its batches were counted."""
+
+
+def test_which_clips_are_drawn_and_given_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions with a word come once more; held-out clips, and texts, do not know of it."""
+    boxes: list[float] = []
+    given: list[int] = []
+
+    def tokenize(captions: list[str]) -> tuple[Tensor, ...]:
+        return (torch.tensor([[float("box" in caption)] for caption in captions]),)
+
+    def train(_: Run, __: nn.Module, objective: Objective, ___: object) -> int:
+        for step in range(30):
+            *_, texts, _, count = objective.draw(step)
+            boxes.extend(texts[texts >= 0].tolist())
+            given.extend(count.tolist())
+        raise Drawn
+
+    monkeypatch.setattr(Run, "train", train)
+    run = Run(folder=tmp_path, steps=1, batch=64, clips=40)
+    with pytest.raises(Drawn):
+        train_captioned(
+            run,
+            nn.Linear(1, 1),
+            lambda video: video[:, :1, :1, :1, :1],
+            tokenize,
+            (torch.full((1, 1), -1.0),),
+            lambda normal: normal,
+            lambda folder: None,
+            conditioning=(0.75, 0.25),
+            often=("box",),
+        )
+    share = float(tokenize(draw_scenes(range(40)).captions)[0].mean())
+    assert sum(boxes) / len(boxes) == pytest.approx(2 * share / (1 + share), abs=0.05)
+    assert sum(given) / len(given) == pytest.approx(0.25, abs=0.05)
 
 
 def test_the_text_encoder_learns_with_the_transformer() -> None:
