@@ -4,9 +4,10 @@
         --sheet overfit.png
 
 The first 33 frames of the ten longest videos below --assets, at 128 x 192. The bundled discrete
-tokenizer is trained on to reconstruct them, since it has seen generated clips alone; then
-`worldline train` trains all weights of the bundled world on their tokens, and the checkpoint
-continues each clip from 9 frames, greedily. What the tokenizer itself loses bounds the result.
+tokenizer is trained on to reconstruct them, since it has seen generated clips alone, or with
+--tokenizer_width a new one that is as many times as wide; then `worldline train` trains all weights
+of the bundled world on their tokens, and the checkpoint continues each clip from 9 frames,
+greedily. What the tokenizer itself loses bounds the result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from tiny.run import Run
 from tiny.tokenizer import export_tokenizer
 from worldline.files import digest
 from worldline.losses import ReconstructionObjective
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.data.frames import Transform
 from worldline.train.data.videos import measure
@@ -66,11 +69,14 @@ def longest_clips(folder: Path) -> dict[str, Frames]:
     return clips
 
 
-def train_tokenizer(clips: dict[str, Frames], folder: Path, run: Run) -> int:
-    """Train the bundled tokenizer on the clips alone, write it; the number of steps done."""
+def train_tokenizer(clips: dict[str, Frames], folder: Path, run: Run, width: int) -> int:
+    """Train a tokenizer on the clips alone, write it; the number of steps done."""
     torch.manual_seed(0)
-    model: Any = open_tokenizer(BUNDLED / TOKENIZER).read(run.device, torch.float32)
-    model.requires_grad_(True)
+    own = sizes.TOKENIZER
+    levels = tuple(width * channels for channels in own.level_channels)
+    config = replace(own, channels=width * own.channels, level_channels=levels)
+    stored = open_tokenizer(BUNDLED / TOKENIZER) if width == 1 else None
+    model = run.network(CosmosTokenizer, config, stored)
     frames = torch.from_numpy(np.stack([*clips.values()])).to(run.device)
     pool = ClipPool(iter([(frames, [*clips])]), len(frames), sizes.SHAPE)
     done = train_reconstruction(run, model, ReconstructionObjective(), pool=pool)
@@ -81,8 +87,9 @@ def train_tokenizer(clips: dict[str, Frames], folder: Path, run: Run) -> int:
 @click.command()
 @click.option("--assets", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--tokenizer_steps", default=6000, show_default=True)
+@click.option("--tokenizer_width", default=1, show_default=True)
 @click.option("--tokenizer_batch", default=10, show_default=True)
-@click.option("--steps", default=2000, show_default=True, help="Of the world.")
+@click.option("--steps", default=600, show_default=True, help="Of the world.")
 @click.option("--rate", default=1e-3, show_default=True, help="Peak, of the world.")
 @click.option("--words", default="", help="Further KEY=VALUE of the world's run.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the tokenizer.")
@@ -94,6 +101,7 @@ def train_tokenizer(clips: dict[str, Frames], folder: Path, run: Run) -> int:
 def main(
     assets: Path,
     tokenizer_steps: int,
+    tokenizer_width: int,
     tokenizer_batch: int,
     steps: int,
     rate: float,
@@ -119,7 +127,7 @@ def main(
         device=device,
         **flags,
     )
-    train_tokenizer(clips, root / TOKENIZER, training)
+    train_tokenizer(clips, root / TOKENIZER, training, tokenizer_width)
     seconds = [time.perf_counter() - began]
     command(
         *("train", MODEL, "--checkpoint_dir", str(root), "--videos", str(folder / "clips")),
@@ -156,6 +164,7 @@ def main(
         "device": str(world.device),
         "clips": [*clips],
         "frames_given": GIVEN,
+        "tokenizer_width": tokenizer_width,
         "tokenizer_steps": tokenizer_steps,
         "steps": steps,
         "seconds": [round(each, 1) for each in seconds],
