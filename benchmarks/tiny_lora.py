@@ -110,6 +110,7 @@ def main(
     given_words = [
         f"data.batch_size={batch}",
         "trainer.logging_iter=20",
+        "trainer.sample_iter=0",
         f"data.cache_dir={folder / 'cache'}",
         *words.split(),
     ]

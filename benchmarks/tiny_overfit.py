@@ -133,7 +133,11 @@ def main(
         *("train", MODEL, "--checkpoint_dir", str(root), "--videos", str(folder / "clips")),
         *("--max_steps", str(steps), "--learning_rate", str(rate), "--device", device),
         *("--name", "overfit", "--", f"data.batch_size={CLIPS}", "trainer.logging_iter=20"),
-        *(f"data.cache_dir={folder / 'cache'}", "checkpoint.save_state=false"),
+        *(
+            f"data.cache_dir={folder / 'cache'}",
+            "checkpoint.save_state=false",
+            "trainer.sample_iter=0",
+        ),
         *options["words"].split(),
         folder=folder,
     )

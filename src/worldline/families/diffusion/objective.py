@@ -237,15 +237,6 @@ def recipe_of(config: DiTConfig) -> dict[str, Any]:
     return given if config.condition_mask else {}
 
 
-def recipe_of(config: DiTConfig) -> dict[str, Any]:
-    """Fields of the released recipe in which models that are given frames differ.
-
-    Source: nvidia-cosmos/cosmos-predict1 `diffusion/training/config/video2world`.
-    """
-    given = {"noise_factor": 4.0, "text_dropout": 0.2, "most_conditioning": 2}
-    return given if config.condition_mask else {}
-
-
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (
     ("iter_{step:09}_reg_model.pt", "weights", torch.bfloat16),
