@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import worldline.nn
+import worldline.parallel
 from worldline.families.autoregressive.step import CapturedDecoder
 from worldline.nn.attention import attend
 from worldline.nn.rope import Rotation, rotate
@@ -89,8 +90,10 @@ def replace_kernels(patch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(
         matvec=matvec,
         gate_up=gate_up,
-        add_and_normalise=add_and_normalise,
         Attend=Attend,
     )
     patch.setitem(sys.modules, "worldline.nn.decode_kernels", kernels)
     patch.setattr(worldline.nn, "decode_kernels", kernels, raising=False)
+    added = SimpleNamespace(add_and_normalise=add_and_normalise)
+    patch.setitem(sys.modules, "worldline.parallel.sum_kernel", added)
+    patch.setattr(worldline.parallel, "sum_kernel", added, raising=False)

@@ -350,13 +350,14 @@ def share_memory(world: Axis, failing: str, devices: tuple[int, int]) -> tuple[b
     def peer(_: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.ones(sizes, dtype=dtype)
 
-    def call(name: str, *_: Any, **__: Any) -> Any:
+    def call(name: str, *at: Any, **_: Any) -> Any:
         calls.append(name)
         if failing == f"{name} {world.rank}":
             raise RuntimeError("no such driver")
         if name == "rendezvous":
-            return SimpleNamespace(buffer_ptrs=[0, 1 << 20], get_buffer=peer)
-        return torch.ones(2 * 2 * 3 + 2)
+            shift = 16 if failing == "offset" else 0
+            return SimpleNamespace(buffer_ptrs=[at[0].data_ptr() + shift] * 2, get_buffer=peer)
+        return torch.ones(*at)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: devices[world.rank])
@@ -364,7 +365,7 @@ def share_memory(world: Axis, failing: str, devices: tuple[int, int]) -> tuple[b
         patch.setattr(torch.cuda, "can_device_access_peer", lambda *_: failing != "peer")
         for name in ("empty", "rendezvous"):
             patch.setattr(symmetric, name, partial(call, name))
-        return tensor._symmetric(world, (1, 3)) is not None, calls
+        return tensor._places(world, (1, 3)) is not None, calls
 
 
 @pytest.mark.slow
@@ -374,6 +375,7 @@ def share_memory(world: Axis, failing: str, devices: tuple[int, int]) -> tuple[b
         ("", (0, 1), ["empty", "rendezvous"]),
         ("empty 1", (1, 0), ["empty"]),  # a rendezvous would wait for it
         ("rendezvous 0", (0, 1), ["empty", "rendezvous"]),
+        ("offset", (0, 1), ["empty", "rendezvous"]),
         ("peer", (0, 1), []),
         ("", (0, 0), []),  # each sees its own GPU alone
     ],

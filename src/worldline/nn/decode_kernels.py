@@ -22,7 +22,7 @@ _CHUNK = 8  # so many at once, as registers allow
 
 
 @triton.jit
-def _normed(x, gamma, rstd):  # type: ignore[no-untyped-def]
+def normed(x, gamma, rstd):  # type: ignore[no-untyped-def]
     """Scale as `RMSNorm` does: round, then multiply by the weight, then round."""
     y = (x * rstd).to(tl.bfloat16).to(tl.float32)
     return (y * gamma).to(tl.bfloat16).to(tl.float32)
@@ -49,58 +49,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
         at = start + column
         part = tl.load(x + row + at, at < COLUMNS, other=0.0).to(tl.float32)
         scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
-        tl.store(out + row + at, _normed(part, scale, rstd).to(tl.bfloat16), at < COLUMNS)
-
-
-@triton.jit
-def _add_kernel(  # type: ignore[no-untyped-def]
-    addends,
-    flags,
-    turn,
-    stream,
-    added,
-    gamma,
-    total,
-    normed,
-    eps,
-    RANK: constexpr,
-    COUNT: constexpr,
-    COLUMNS: constexpr,
-    STREAM: constexpr,
-    ADDED: constexpr,
-    BLOCK: constexpr,
-):
-    row = tl.program_id(0)
-    if RANK >= 0:
-        # counts sums in this process and in the others, who may be one ahead: never reset
-        now = tl.load(turn + row) + 1
-        tl.debug_barrier()  # all threads have read it
-        for other in tl.static_range(COUNT):
-            if other != RANK:
-                flag = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + row * COUNT + RANK
-                tl.atomic_xchg(flag, now, sem="release", scope="sys")
-        own = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + row * COUNT
-        for other in tl.static_range(COUNT):
-            if other != RANK:
-                # the difference is right beyond the largest number, too
-                while tl.atomic_add(own + other, 0, sem="acquire", scope="sys") - now < 0:
-                    pass
-        tl.store(turn + row, now)
-        tl.debug_barrier()
-    at = tl.arange(0, BLOCK)
-    inside = at < COLUMNS
-    x = tl.zeros((BLOCK,), tl.float32)
-    for process in tl.static_range(COUNT):  # .cg since others wrote it
-        place = addends + (process * tl.num_programs(0) + row) * COLUMNS
-        x += tl.load(place + at, inside, other=0.0, cache_modifier=".cg")
-    if STREAM:
-        x += tl.load(stream + row * COLUMNS + at, inside, other=0.0)
-    if ADDED:
-        x += tl.load(added + at, inside, other=0.0).to(tl.float32)
-    tl.store(total + row * COLUMNS + at, x, inside)
-    rstd = tl.rsqrt(tl.sum(x * x) / COLUMNS + eps)
-    scale = tl.load(gamma + at, inside, other=0.0).to(tl.float32)
-    tl.store(normed + row * COLUMNS + at, _normed(x, scale, rstd).to(tl.bfloat16), inside)
+        tl.store(out + row + at, normed(part, scale, rstd).to(tl.bfloat16), at < COLUMNS)
 
 
 @triton.jit
@@ -121,7 +70,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
     if NORM:  # of one sequence
         part = tl.load(x + at, at < COLUMNS, other=0.0).to(tl.float32)
         scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
-        part = _normed(part, scale, rstd).to(tl.bfloat16)
+        part = normed(part, scale, rstd).to(tl.bfloat16)
         return tl.where((one == 0)[None, :], part[:, None], 0.0)
     inside = (one < BATCH)[None, :] & (at < COLUMNS)[:, None]
     # both returns are compiled, and must be of one type
@@ -302,8 +251,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q1 = tl.load(q_at, is_member, other=0.0).to(tl.float32)
     q2 = tl.load(q_at + half, is_member, other=0.0).to(tl.float32)
     rstd = tl.rsqrt((tl.sum(q1 * q1, 1) + tl.sum(q2 * q2, 1)) / K + eps)[:, None]
-    q1 = _normed(q1, tl.load(q_gamma + channel).to(tl.float32)[None, :], rstd)
-    q2 = _normed(q2, tl.load(q_gamma + half + channel).to(tl.float32)[None, :], rstd)
+    q1 = normed(q1, tl.load(q_gamma + channel).to(tl.float32)[None, :], rstd)
+    q2 = normed(q2, tl.load(q_gamma + half + channel).to(tl.float32)[None, :], rstd)
     rows = keys + head.to(tl.int64) * length * K
     value_rows = values + head.to(tl.int64) * length * K
     if OWN:
@@ -319,8 +268,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             k1 = tl.load(k_at).to(tl.float32)
             k2 = tl.load(k_at + half).to(tl.float32)
             k_rstd = tl.rsqrt((tl.sum(k1 * k1) + tl.sum(k2 * k2)) / K + eps)
-            k1 = _normed(k1, tl.load(k_gamma + channel).to(tl.float32), k_rstd)
-            k2 = _normed(k2, tl.load(k_gamma + half + channel).to(tl.float32), k_rstd)
+            k1 = normed(k1, tl.load(k_gamma + channel).to(tl.float32), k_rstd)
+            k2 = normed(k2, tl.load(k_gamma + half + channel).to(tl.float32), k_rstd)
             tl.store(rows + here * K + channel, _turned(k1, -k2, cos1, sin1))
             tl.store(rows + here * K + half + channel, _turned(k2, k1, cos2, sin2))
             v = tl.load(qkv + (heads + key_heads + head) * K + wide)
@@ -481,50 +430,6 @@ def gate_up(
         **tile,
     )
     return out
-
-
-def add_and_normalise(
-    addends: Tensor,
-    stream: Tensor | None,
-    gamma: Tensor,
-    eps: float,
-    *,
-    added: Tensor | None = None,
-    flags: tuple[int, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add addends to the residual stream: the stream (B, columns), and its RMS norm, bf16.
-
-    Args:
-        addends: (n, B, columns) float32, added in this order, so that all have the same stream.
-        stream: (B, columns) float32; None at the first sum, which is the stream.
-        gamma: (columns,), weight of the norm.
-        eps: added to the mean square in the norm.
-        added: (1, columns), added to all rows, too.
-        flags: where n processes write each other's addends: number of this one, addresses (n,)
-            int64 of the flags (B, n) int32 of all, and sums begun (B,) int32. Each waits until all
-            have begun the sum.
-    """
-    count, batch, columns = addends.shape
-    total = torch.empty_like(addends[0])
-    normed = torch.empty_like(total, dtype=gamma.dtype)
-    _add_kernel[(batch,)](
-        addends,
-        *((addends,) * 2 if flags is None else flags[1:]),
-        total if stream is None else stream,
-        gamma if added is None else added,
-        gamma,
-        total,
-        normed,
-        eps,
-        RANK=-1 if flags is None else flags[0],
-        COUNT=count,
-        COLUMNS=columns,
-        STREAM=stream is not None,
-        ADDED=added is not None,
-        BLOCK=triton.next_power_of_2(columns),
-        num_warps=16,
-    )
-    return total, normed
 
 
 class Attend:

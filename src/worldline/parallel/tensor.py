@@ -72,7 +72,7 @@ class Rehearsal(Axis):
 
     @classmethod
     def of(cls, axis: Axis) -> Rehearsal:
-        return cls(axis.rank, axis.count)
+        return cls(axis.rank, axis.count, device=axis.device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -107,7 +107,8 @@ class SmallSum:
     norms the stream adds them; a CUDA graph can hold both. Elsewhere the axis sums. Two places of
     an addend alternate: who has begun a sum knows that the others have read all of the one before.
     Something that waits for all must come between two passes over the layers, the first sums of
-    which use the same place.
+    which use the same place, also where a pass fails; and all sums of a process of one shape are
+    launched in one stream, for they share places.
 
     Attributes:
         places: that take turns; None where the axis sums.
@@ -118,7 +119,7 @@ class SmallSum:
         self.places: list[Places] | None = None
         if axis.device.type == "cuda":
             if (axis, shape) not in kept:
-                kept[axis, shape] = _symmetric(axis, shape)
+                kept[axis, shape] = _places(axis, shape)
             self.places = kept[axis, shape]
         self.own = torch.empty(shape, device=device)
 
@@ -147,20 +148,40 @@ class SmallSum:
         self, stream: Tensor | None, norm: Tensor, eps: float, added: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The stream with the sum, and its norm, as `add_and_normalise` gives them."""
-        from worldline.nn import decode_kernels
+        from worldline.parallel import sum_kernel
 
         if self.places is None:
             addends, flags = self.axis.all_reduce(self.own)[None], None
         else:
             addends, _, _, flags = self.places[self.turn]
             self.turn = 1 - self.turn
-        return decode_kernels.add_and_normalise(
-            addends, stream, norm, eps, added=added, flags=flags
-        )
+        return sum_kernel.add_and_normalise(addends, stream, norm, eps, added=added, flags=flags)
 
 
-def _symmetric(axis: Axis, shape: tuple[int, ...]) -> list[Places] | None:
+def _places(axis: Axis, shape: tuple[int, ...]) -> list[Places] | None:
     """Two places for a sum's addends in memory that all GPUs reach; None without it."""
+    sizes, rank = (2, axis.count, *shape), axis.rank  # turns, processes, and of an addend
+    size = math.prod(sizes)
+    numbers = size + shape[0] * axis.count  # addends, then flags
+    if isinstance(axis, Rehearsal):  # nobody else comes, whom the flags show as far ahead
+        own = torch.zeros(numbers, dtype=torch.float32, device=axis.device)
+        own[size:].view(torch.int32).fill_(1 << 30)
+        every = [own] * axis.count
+    elif not (every := _symmetric(axis, numbers)):
+        return None
+    flags = torch.tensor([memory[size:].data_ptr() for memory in every], device=axis.device)
+    begun = torch.zeros(shape[0], dtype=torch.int32, device=axis.device)
+    places = []
+    for turn in range(2):
+        addends = [memory[:size].view(sizes)[turn] for memory in every]
+        elsewhere = [each[rank] for other, each in enumerate(addends) if other != rank]
+        addresses = torch.tensor([each.data_ptr() for each in elsewhere], device=axis.device)
+        places.append(Places(addends[rank], elsewhere, addresses, (rank, flags, begun)))
+    return places
+
+
+def _symmetric(axis: Axis, numbers: int) -> list[Tensor]:
+    """Memory (numbers,) float32 of each GPU that all reach, first 0; empty where they do not."""
     import torch.distributed._symmetric_memory as symmetric
 
     own = torch.cuda.current_device()
@@ -169,34 +190,25 @@ def _symmetric(axis: Axis, shape: tuple[int, ...]) -> list[Places] | None:
     if near:
         near = all(torch.cuda.can_device_access_peer(own, other) for other in devices - {own})
     if axis.any(not near):
-        return None
+        return []
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # which nothing here uses
     group: Any = axis.group or dist.group.WORLD
     memory: Any = None
     joined: Any = None
-    sizes, rank = (2, axis.count, *shape), axis.rank  # turns, processes, and of an addend
     with suppress(RuntimeError):  # of drivers, containers and torch's without it
-        memory = symmetric.empty(math.prod(sizes) + shape[0] * axis.count, device=axis.device)
+        memory = symmetric.empty(numbers, dtype=torch.float32, device=axis.device)
         memory.zero_()
         torch.cuda.synchronize()
     if axis.any(memory is None):  # in the rendezvous each waits for all
-        return None
+        return []
     with suppress(RuntimeError):
         joined = symmetric.rendezvous(memory, group)
-    if axis.any(joined is None):  # all flags are 0 once all have come here
-        return None
+        if joined.buffer_ptrs[axis.rank] != memory.data_ptr():  # within a larger block
+            joined = None
+    if axis.any(joined is None):
+        return []
     # a handle's own tensor would not keep the memory
-    every = [
-        memory[: math.prod(sizes)].view(sizes)
-        if other == rank
-        else joined.get_buffer(other, sizes, torch.float32)
+    return [
+        memory if other == axis.rank else joined.get_buffer(other, (numbers,), torch.float32)
         for other in range(axis.count)
     ]
-    flags = torch.tensor(joined.buffer_ptrs, device=axis.device) + 4 * math.prod(sizes)
-    begun = torch.zeros(shape[0], dtype=torch.int32, device=axis.device)
-    places = []
-    for turn in range(2):
-        elsewhere = [memory[turn, rank] for memory in every if memory is not every[rank]]
-        addresses = torch.tensor([x.data_ptr() for x in elsewhere], device=axis.device)
-        places.append(Places(every[rank][turn], elsewhere, addresses, (rank, flags, begun)))
-    return places
