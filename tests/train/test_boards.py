@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from worldline.errors import Error, InputError
-from worldline.train.boards import TensorBoard, check_boards, open_boards
+from worldline.train.boards import Boards, TensorBoard, check_boards, open_boards
 from worldline.train.experiment import Experiment, short_form
 
 PACKAGE = """
@@ -87,3 +87,21 @@ def test_one_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
         check_boards(experiment("offline"))
     check_boards(experiment("disabled"))
     assert not [*open_boards(experiment("disabled"))]
+
+
+def test_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """It is named once and left out; the others go on, by figures and by videos."""
+    bad, good = MagicMock(), MagicMock()
+    bad.figures.side_effect = OSError(28, "No space left on device")
+    other = MagicMock()
+    other.video.side_effect = RuntimeError("queue is closed")
+    boards = Boards([bad, other, good])
+    for step in (1, 2):
+        boards.figures(step, {"loss": 0.5})
+        boards.video(step, "sample 0", np.zeros((2, 4, 4, 3), np.uint8), Path("a.mp4"))
+    assert [board.figures.call_count for board in (bad, other, good)] == [1, 1, 2]
+    assert [board.video.call_count for board in (bad, other, good)] == [0, 1, 2]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "No space left" in lines[0]
+    assert "queue is closed" in lines[1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from worldline.errors import Error, InputError, one_line
 from worldline.train.experiment import Experiment
 from worldline.video.read import Frames
+
+log = logging.getLogger(__name__)
 
 
 class Board(Protocol):
@@ -22,6 +25,30 @@ class Board(Protocol):
 
     def video(self, step: int, name: str, frames: Frames, path: Path) -> None:
         """Add a video (T, H, W, 3), which is in a file."""
+
+
+class Boards:
+    """Several boards as one; what fails, for want of room or of a network, is left out from then.
+
+    The run goes on, in all processes.
+    """
+
+    def __init__(self, boards: Sequence[Board] = ()) -> None:
+        self.boards = [*boards]
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        self._each(lambda board: board.figures(step, figures))
+
+    def video(self, step: int, name: str, frames: Frames, path: Path) -> None:
+        self._each(lambda board: board.video(step, name, frames, path))
+
+    def _each(self, add: Callable[[Board], None]) -> None:
+        for board in [*self.boards]:
+            try:
+                add(board)
+            except Exception as error:  # of many classes
+                self.boards.remove(board)
+                log.warning("%s: %s; going on without it", type(board).__name__, one_line(error))
 
 
 class TensorBoard:

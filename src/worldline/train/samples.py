@@ -7,7 +7,7 @@ frame and its text, side by side.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Samples:
         encode: a batch of clips -> latents or tokens, and what `predict` reads beside `parts`.
         to_tokenizer: of the family's objective.
         mesh: processes, of which each of `dp` has clips of its own.
-        boards: which have a look at each video, in the first process.
+        board: has a look at the videos of the first process.
     """
 
     clips: Clips
@@ -54,7 +54,7 @@ class Samples:
     encode: Callable[[Item], tuple[Tensor, tuple[Tensor, ...]]]
     to_tokenizer: Callable[[Parts, Tensor], Tensor]
     mesh: Mesh
-    boards: Sequence[Board] = ()
+    board: Board
 
     @torch.no_grad()
     def make(self, done: int) -> None:
@@ -97,5 +97,4 @@ class Samples:
         except (Error, OSError) as error:
             log.warning("%s: no video of this step: %s", path, one_line(error))
             return
-        for board in self.boards:
-            board.video(done, f"sample {number}", frames, path)
+        self.board.video(done, f"sample {number}", frames, path)

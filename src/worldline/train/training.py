@@ -35,7 +35,7 @@ from worldline.parallel import job
 from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.embeddings import PROMPT, read_embedding_file
-from worldline.train.boards import check_boards, open_boards
+from worldline.train.boards import Boards, check_boards, open_boards
 from worldline.train.data.clips import Cache, Clips, Window, open_clips
 from worldline.train.data.frames import Transform
 from worldline.train.data.loader import Loader
@@ -301,7 +301,7 @@ def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
     if experiment.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    boards = world.together(lambda: [*open_boards(experiment)] if world.first else [])
+    board = Boards(world.together(lambda: [*open_boards(experiment)] if world.first else []))
     step, sharded, files = _module(training)
     data = _Batches(training, step)
     watch, every = data.watch, experiment.trainer.validation_iter
@@ -313,7 +313,7 @@ def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
         encode=data.encode,
         to_tokenizer=training.module.to_tokenizer,
         mesh=mesh,
-        boards=boards,
+        board=board,
     )
     objective = Objective(
         draw=data.draw,
@@ -333,8 +333,7 @@ def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
     if experiment.checkpoint.load_training_state:
         run.begin = partial(_begin, training, files, [*run.parameters])
     run.check_room()
-    if mesh.world.first:
-        run.writers += [board.figures for board in boards]
+    run.writers.append(board.figures)
     with closing(data):
         done, _ = run.go(None, stopping)
     return done
