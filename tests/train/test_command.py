@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +25,9 @@ from tests.states import read_state
 from worldline.cli.main import main
 from worldline.locate import locate
 from worldline.opening import open_world
+from worldline.parallel.mesh import Axis
 from worldline.train.experiment import short_form
-from worldline.train.training import claimed, prepare
+from worldline.train.training import claimed, prepare, train
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 from worldline.weights.networks import open_adapter
@@ -285,6 +289,27 @@ def test_two_runs_do_not_share_a_folder(
         assert run(*words(AR, videos, steps=1)) == 2
     assert str(folder) in capsys.readouterr().err
     assert not [*folder.iterdir()]
+
+
+def test_settings_that_cannot_be_written(root: Path, videos: Path) -> None:
+    """What the first process alone writes before the model is read fails in all processes."""
+    failures: list[Exception] = []
+
+    class Asked(Axis):
+        def together(self, make: Callable[[], Any]) -> Any:
+            try:
+                return super().together(make)
+            except Exception as error:
+                failures.append(error)
+                raise
+
+    stated = {"model": AR, "job": {"name": "x"}, "data": {"dataset_dir": str(videos)}}
+    training = prepare(short_form("autoregressive", stated), "cpu", "checkpoints")
+    training = replace(training, mesh=replace(training.mesh, world=Asked()))
+    (root / RUNS / "x" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"config\.yaml") as raised:
+        train(training)
+    assert failures == [raised.value]
 
 
 def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -281,13 +281,15 @@ def train(
     Raises:
         InputError: another run writes to its folder.
     """
-    world, folder = training.mesh.world, training.experiment.folder
+    world, experiment = training.mesh.world, training.experiment
+    folder = experiment.folder
     with ExitStack() as stack:
 
         def claim() -> None:
             if world.first:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(claimed(folder))
+                (folder / _CONFIG).write_text(experiment.to_yaml())
 
         world.together(claim)
         return _train(training, stopping, bar)
@@ -296,8 +298,6 @@ def train(
 def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
     experiment, mesh = training.experiment, training.mesh
     folder, world = experiment.folder, mesh.world
-    if world.first:
-        (folder / _CONFIG).write_text(experiment.to_yaml())
     if experiment.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
