@@ -11,6 +11,7 @@ from worldline.errors import InputError
 from worldline.train.experiment import (
     EXPERIMENTS,
     RELEASED_KEYS,
+    Experiment,
     differences,
     keys,
     our_key,
@@ -214,6 +215,23 @@ def test_what_makes_another_run() -> None:
         *("trainer.grad_accum_iter", "trainer.reference_state"),
     ]
     assert "was 0.001 and is 0.5" in lines[1]
+
+
+def test_states_from_before_a_key() -> None:
+    """It was at its default then, in sections and in the recipe, where tuples are lists."""
+    recipe = {"scale": 1.0, "conditioning": (0.5, 0.25)}
+    defaults = Experiment(objective=recipe)
+    now = read(TEALROBOT).model_copy(update={"objective": {**recipe, "noise": 2.0}})
+    before = now.to_json()
+    before["objective"] = {"noise": 2.0}
+    del before["trainer"]["reference_state"], before["lora"]
+    assert differences(before, now, defaults) == []
+    trainer = now.trainer.model_copy(update={"reference_state": True})
+    other = {"trainer": trainer, "objective": {**recipe, "scale": 10.0, "noise": 2.0}}
+    assert differences(before, now.model_copy(update=other), defaults) == [
+        "objective.scale was 1.0 and is 10.0",
+        "trainer.reference_state was False and is True",
+    ]
 
 
 def test_where_files_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -409,12 +409,15 @@ FREE_KEYS = (
 FIXED_KEYS = ("trainer.grad_accum_iter",)  # although a pattern frees it
 
 
-def differences(before: Mapping[str, Any], now: Experiment) -> list[str]:
+def differences(
+    before: Mapping[str, Any], now: Experiment, defaults: Experiment | None = None
+) -> list[str]:
     """Lines about the keys that make another run of an experiment, as `to_json` gave it before.
 
-    A run may become longer; the short form's rise of the learning rate follows its length.
+    A run may become longer; the short form's rise of the learning rate follows its length. Keys
+    that came later were at their defaults, which are `Experiment`'s own and the recipe's.
     """
-    after = now.to_json()
+    after, absent = now.to_json(), (defaults or Experiment()).to_json()
     lines, length = [], "trainer.max_iter"
     follows = ("scheduler.warmup",) if _at(before, length) != _at(after, length) else ()
     recipes = before.get("objective") or {}, after["objective"]
@@ -422,16 +425,18 @@ def differences(before: Mapping[str, Any], now: Experiment) -> list[str]:
     for key in [*fields, *(key for key in keys() if key != "objective")]:
         free = any(fnmatchcase(key, pattern) for pattern in (*FREE_KEYS, *follows))
         free &= key not in FIXED_KEYS
-        was, value = _at(before, key), _at(after, key)
+        was, value = _at(before, key, _at(absent, key)), _at(after, key)
         if was != value and not free:
             lines.append(f"{key} was {brief(was)} and is {brief(value)}")
     return lines
 
 
-def _at(values: Mapping[str, Any], key: str) -> Any:
+def _at(values: Mapping[str, Any], key: str, absent: Any = None) -> Any:
     found: Any = values
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping) or part not in found:
+            return absent
+        found = found[part]
     return found
 
 

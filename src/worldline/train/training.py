@@ -415,7 +415,8 @@ def _identity(training: Training) -> dict[str, Any]:
 
 
 def _same(training: Training, before: Mapping[str, Any]) -> None:
-    if lines := differences(before, training.experiment):
+    defaults = Experiment(objective=asdict(training.module.TrainingStep.RECIPE()))
+    if lines := differences(before, training.experiment, defaults):
         raise InputError(
             f"{training.folder} holds states of another run: {'; '.join(lines)}; set them back, or "
             "give job.name=OTHER"
