@@ -27,6 +27,15 @@ from worldline.train.experiment import Experiment
 
 logger = logging.getLogger(__name__)
 
+_KEYS = {  # of the short form's flags
+    "videos": "data.dataset_dir",
+    "caption": "data.caption",
+    "resolution": "data.video_size",
+    "num_frames": "data.num_frames",
+    "max_steps": "trainer.max_iter",
+    "learning_rate": "optimizer.lr",
+    "name": "job.name",
+}
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -116,31 +125,25 @@ def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experi
             given = ", ".join(f"--{name}" for name in short)
             raise InputError(f"{given}: an experiment has keys for it; write -- KEY=VALUE")
         return experiments.read(names[0], overrides)
-    return _of_model(models[0], stated, overrides, folder)
+    typed = {_KEYS[name]: f"--{name}" for name in short if name in _KEYS}
+    return _of_model(models[0], stated, typed, overrides, folder)
 
 
 def _sections(short: dict[str, Any]) -> dict[str, Any]:
     """Values of the short form, by the sections of an experiment."""
-    keys = {
-        "videos": ("data", "dataset_dir"),
-        "caption": ("data", "caption"),
-        "resolution": ("data", "video_size"),
-        "num_frames": ("data", "num_frames"),
-        "max_steps": ("trainer", "max_iter"),
-        "learning_rate": ("optimizer", "lr"),
-        "name": ("job", "name"),
-    }
     stated: dict[str, Any] = {}
     for name, value in short.items():
         if name == "lora":
             stated |= {"lora": {"rank": 0}}  # the family's own, which _of_model fills in
         else:
-            section, key = keys[name]
+            section, _, key = _KEYS[name].partition(".")
             stated.setdefault(section, {})[key] = value
     return stated
 
 
-def _of_model(model: str, stated: dict[str, Any], overrides: list[str], folder: Path) -> Experiment:
+def _of_model(
+    model: str, stated: dict[str, Any], flags: dict[str, str], overrides: list[str], folder: Path
+) -> Experiment:
     """The experiment of a model with the defaults of its family."""
     from worldline.locate import locate
     from worldline.opening import recognise
@@ -152,7 +155,7 @@ def _of_model(model: str, stated: dict[str, Any], overrides: list[str], folder: 
         stated.setdefault("optimizer", {}).setdefault("lr", 1e-4)
     job = {"name": Path(model).name, **stated.pop("job", {})}
     stated = {**stated, "job": job, "model": model}
-    experiment = experiments.short_form(family, stated, overrides)
+    experiment = experiments.short_form(family, stated, overrides, flags)
     if "lora" in stated and not experiment.lora.rank:
         raise InputError("lora.rank is 0, but --lora asks for an adapter; leave one of them out")
     return experiment

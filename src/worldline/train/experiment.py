@@ -81,7 +81,7 @@ def _sides(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     height, _, width = value.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise ValueError("give height x width, such as 384x640")
     return int(height), int(width)
 
@@ -323,7 +323,12 @@ def read(name: str, overrides: Sequence[str] = ()) -> Experiment:
     return check(_merged({"job": {"name": path.stem}}, _stated(path)), overrides)
 
 
-def short_form(family: str, stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
+def short_form(
+    family: str,
+    stated: dict[str, Any],
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
+) -> Experiment:
     """An experiment of a family's defaults, whose clips have the model's size.
 
     The learning rate rises for a twentieth of the run at most, unless its rise is stated.
@@ -332,6 +337,7 @@ def short_form(family: str, stated: dict[str, Any], overrides: Sequence[str] = (
         family: name of it.
         stated: values over the defaults.
         overrides: as of `read`.
+        flags: key -> the flag that stated it, which messages name.
 
     Raises:
         InputError: as of `read`.
@@ -339,7 +345,7 @@ def short_form(family: str, stated: dict[str, Any], overrides: Sequence[str] = (
     base = _stated(EXPERIMENTS / "short" / f"{family}.yaml")
     sizes = ("num_frames", "video_size")
     base["data"] = {name: value for name, value in base["data"].items() if name not in sizes}
-    experiment = check(_merged(base, stated), overrides)
+    experiment = check(_merged(base, stated), overrides, flags)
     if any(our_key(word.partition("=")[0]) == "scheduler.warmup" for word in overrides):
         return experiment
     scheduler = experiment.scheduler
@@ -348,8 +354,10 @@ def short_form(family: str, stated: dict[str, Any], overrides: Sequence[str] = (
     return experiment.model_copy(update={"scheduler": shorter})
 
 
-def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
-    """A checked experiment; see `read`."""
+def check(
+    stated: dict[str, Any], overrides: Sequence[str] = (), flags: Mapping[str, str] | None = None
+) -> Experiment:
+    """A checked experiment; see `short_form`."""
     given: dict[str, tuple[str, Any]] = {}
     for word in overrides:
         key, value = _parse(word)
@@ -370,7 +378,7 @@ def check(stated: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
     try:
         experiment = Experiment.model_validate(stated)
     except ValidationError as error:
-        typed = {ours: key for ours, (key, _) in given.items()}
+        typed = {**(flags or {}), **{ours: key for ours, (key, _) in given.items()}}
         lines = [_problem(each, typed) for each in error.errors()]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
     for ours, (key, _) in given.items():
