@@ -63,7 +63,7 @@ class Samples:
         if self.mesh.world.first:
             log.info("step %d: clips, and what the model makes of them: %s", done, self.folder)
         total = dp.count * -(-_COUNT // dp.count)
-        for number in range(dp.rank, total, dp.count):
+        for number in dp.deal(range(total)):
             item, problem = self._read(clips, number * len(clips) // total)
             if problems := [*filter(None, self.mesh.world.every(problem))]:
                 log.warning("step %d: no videos: %s", done, problems[0])
