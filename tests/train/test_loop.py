@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from worldline.errors import CheckpointError, NonFiniteError
 from worldline.train.loop import LoopConfig, Objective, fit, generator
@@ -78,6 +79,17 @@ def test_one_state_is_kept_and_the_log_is_json(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_bars_of_the_caller_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bar: bool
+) -> None:
+    """No thread watches the loop's; those of the caller are watched as before."""
+    monkeypatch.setattr(tqdm, "monitor_interval", 7)
+    monkeypatch.setattr(tqdm, "monitor", None)
+    train(tmp_path, replace(CONFIG, bar=bar))
+    assert (tqdm.monitor_interval, tqdm.monitor) == (7, None)
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -255,11 +255,8 @@ class Run:
         # the first process writes for all
         path = self.folder / "log.jsonl"
         lines: Any = nullcontext(None)
-        tqdm.monitor_interval = 0  # no thread that watches bars
         hidden = not (config.bar and self.ranks.first)
-        bar: tqdm[Any] = tqdm(
-            total=config.steps, initial=first, unit="step", leave=False, disable=hidden
-        )
+        bar = _Bar(total=config.steps, initial=first, unit="step", leave=False, disable=hidden)
         if self.ranks.first:
             lines = _lines(path, config.steps, self.writers, bar)
         with bar, lines as write, self.states.finished():
@@ -410,6 +407,12 @@ class Run:
         return replay
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """Progress bar without a thread that watches bars, which those of a caller keep."""
+
+    monitor_interval = 0
+
+
 def _held(parameter: nn.Parameter) -> nn.Parameter:
     """What this process holds of a parameter, sharing its memory."""
     return nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
@@ -438,7 +441,7 @@ def _means(parts: list[Figures]) -> Figures:
 
 @contextmanager
 def _lines(
-    path: Path, steps: int, writers: Sequence[Writer], bar: tqdm[Any]
+    path: Path, steps: int, writers: Sequence[Writer], bar: _Bar
 ) -> Iterator[Callable[..., None]]:
     """Writes figures as lines of JSON to a file, to further writers, and in words above a bar."""
 
