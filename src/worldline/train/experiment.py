@@ -179,14 +179,15 @@ class TrainerSettings(Section):
     """Length, precision and reports of the run.
 
     Attributes:
-        precision: of the computation; weights, moments and averages are float32.
-        reference_state: weights and moments as the released trainer keeps them: bf16, but for
-            Predict1's diffusion models.
+        precision: of the computation; weights, moments and averages are kept in float32.
+        reference_state: weights and moments, not averages, are kept as the released trainer does:
+            in bf16, but for Predict1's diffusion models.
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
         compile: whether blocks are compiled, by torch.compile, in the first step.
-        logging_iter, validation_iter, sample_iter: steps between lines, held-out losses and videos
-            of two clips beside the truth, held-out ones where there are any; 0 makes none.
+        logging_iter: steps between lines of the log.
+        validation_iter, sample_iter: steps between held-out losses, and between videos of two clips
+            beside the truth, held-out ones where there are any; 0 makes none.
     """
 
     max_iter: Count = 1000
