@@ -18,7 +18,7 @@ from tiny.export import draw_weights
 from worldline.parallel import job
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.train.loop import LoopConfig, Objective, fit
-from worldline.train.optim import Cosine
+from worldline.train.optim import Cosine, trainable
 from worldline.weights.networks import Network
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ class Run:
             model, objective, config, self.folder, seconds=self.seconds, ranks=self.ranks
         )
         if average:
-            average.swap()
+            for name, parameter in trainable(model).items():
+                parameter.data.copy_(average.values[name])
         return done
 
     def report(self, figures: dict[str, Any]) -> None:

@@ -229,14 +229,6 @@ class Average:
         torch._foreach_mul_(steps, self._weight)
         torch._foreach_add_([*self.values.values()], steps)
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages and the module's parameters; twice is no change."""
-        for name, parameter in self.parameters.items():
-            newest = parameter.float().clone()
-            parameter.copy_(self.values[name])
-            self.values[name].copy_(newest)
-
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that training changes, by name."""

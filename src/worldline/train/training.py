@@ -97,7 +97,7 @@ class Training:
 
     def part(self, name: str) -> Any:
         """A module of the family, such as its `weights`."""
-        return import_module(f"{FAMILIES[self.opened.family.name]}.{name}")
+        return _part(self.opened, name)
 
     @property
     def network(self) -> Network[Any]:
@@ -423,8 +423,9 @@ def _same(training: Training, before: Mapping[str, Any]) -> None:
         )
 
 
-def _objective(opened: Opened) -> Any:
-    return import_module(f"{FAMILIES[opened.family.name]}.objective")
+def _part(opened: Opened, name: str) -> Any:
+    """A module of a model's family."""
+    return import_module(f"{FAMILIES[opened.family.name]}.{name}")
 
 
 def _recipe(experiment: Experiment, opened: Opened) -> Any:
@@ -433,7 +434,7 @@ def _recipe(experiment: Experiment, opened: Opened) -> Any:
     Raises:
         InputError: a field is unknown, or wrong.
     """
-    objective = _objective(opened)
+    objective = _part(opened, "objective")
     kind = objective.TrainingStep.RECIPE
     own: dict[str, Any] = getattr(objective, "recipe_of", lambda config: {})(opened.config)
     known = [field.name for field in fields(kind)]
@@ -520,7 +521,7 @@ def _check_grid(opened: Opened, video: VideoShape, recipe: Any) -> None:
         grid = _grid(opened, video)
         if hasattr(opened.config, "tokens"):
             opened.config.tokens(grid)
-        getattr(_objective(opened), "check_grid", lambda recipe, grid: None)(recipe, grid)
+        getattr(_part(opened, "objective"), "check_grid", lambda recipe, grid: None)(recipe, grid)
     except ValueError as error:
         raise InputError(
             f"data.num_frames and data.video_size make {_words(video)}: {error}"
