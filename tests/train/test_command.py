@@ -160,6 +160,14 @@ def test_adapters(
     check_mentions(capsys.readouterr().err, f"{other} load_path job.name=OTHER")
 
 
+def test_weights_of_another_family(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, other = "tiny-Cosmos-Predict1-4B", "tiny-Cosmos-Predict2.5-2B"
+    assert run(*words(model, videos, f"checkpoint.load_path={other}")) == 2
+    check_mentions(capsys.readouterr().err, f"load_path {other} {model} autoregressive predict2.5")
+
+
 @pytest.mark.slow
 def test_a_run_becomes_longer(root: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With other settings it is refused, and these are named."""

@@ -165,8 +165,8 @@ class PlainDecoder:
 class CapturedDecoder(PlainDecoder):
     """Decoder that replays one CUDA graph for a token of every clip.
 
-    It has five kernels a layer on one GPU, with a prompt nine, and a sum behind each layer that adds
-    to the stream on several. Weights are bf16.
+    It has five kernels a layer, with a prompt nine; on several GPUs also a sum behind each product
+    that adds to the stream. Weights are bf16.
 
     Attributes:
         position: () index in the window of the token that the next step reads.
