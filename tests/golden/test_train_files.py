@@ -228,6 +228,27 @@ def test_trainings_are_read_and_written(case: Case, tmp_path: Path) -> None:
         assert (folder / "latest_checkpoint.txt").read_text() == latest.read_text()
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_is_weighed_by_what_was_trained(case: Case, tmp_path: Path) -> None:
+    """Averages that a folder is opened by have features that nothing was trained on."""
+    places = [place for family, place in runs(case) if family == "diffusion"]
+    averages = [Path(f"{place}_ema_model.pt") for place in places]
+    if not (averages := [path for path in averages if path.is_file()]):
+        pytest.skip("of the other families")
+    for path in averages:
+        step, training = trained("diffusion", path.parent, tmp_path, {}, {})
+        assert training.network.path == path
+        wanted = contents(path.with_name(path.name.replace("ema", "reg")))
+        assert not torch.equal(contents(path)["logvar.0.freqs"], wanted["logvar.0.freqs"].float())
+        found = step.uncertainty
+        for tensor, key in (
+            (found.frequencies, "0.freqs"),
+            (found.phases, "0.phases"),
+            (found.weight, "1.weight"),
+        ):
+            assert torch.equal(tensor, wanted[f"logvar.{key}"].float()), key
+
+
 @pytest.mark.parametrize("case", LORA, ids=str)
 def test_adapters_are_read_and_written(case: Case, tmp_path: Path) -> None:
     """As the trainers save them; optimizers are not in these cases."""
@@ -312,9 +333,10 @@ def same_files(folder: Path, place: Path) -> None:
             if "_mp_" in name and tensor.ndim == 1:  # of norms, whose moments drift apart
                 tensor = torch.stack([rank[key] for rank in ranks]).mean(0)
             assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape), (name, key)
-            # the reference never sets the buffers of averages, which nothing reads
-            if not (name.endswith("_ema_model.pt") and key.startswith("logvar.0.")):
-                assert torch.equal(found[key], tensor), (name, key)
+            # the reference never sets these of averages; ours are those of the weights
+            if name.endswith("_ema_model.pt") and key.startswith("logvar.0."):
+                tensor = contents(weights_of(place))[key].float()
+            assert torch.equal(found[key], tensor), (name, key)
         if path.is_dir():
             ours, others = facts(folder / name), facts(path)
             assert ours.keys() == others.keys()

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.families.diffusion.objective import read_uncertainty
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles
 from worldline.train.optim import make_optimizer
+from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.trainings import open_state
 
 FAMILIES = ("autoregressive", "diffusion", "predict2_5")
@@ -179,3 +181,22 @@ def test_moments_in_bf16() -> None:
         (state["exp_avg_sq"], second),
     ):
         assert (found != expected.bfloat16()).float().mean() < 0.01
+
+
+def test_features_of_averages_weigh_no_loss(tmp_path: Path) -> None:
+    """The file of the weights beside them has those that its last layer was trained on."""
+    kinds, files = ("freqs", "phases"), {}
+    for kind in ("ema", "reg"):
+        files[kind] = {f"logvar.0.{name}": torch.randn(16) for name in kinds}
+        files[kind]["logvar.1.weight"] = torch.randn(1, 16)
+        torch.save(files[kind], tmp_path / f"iter_000000031_{kind}_model.pt")
+    averages = open_checkpoint(tmp_path / "iter_000000031_ema_model.pt")
+
+    def found() -> list[Tensor]:
+        uncertainty = read_uncertainty(averages)
+        assert uncertainty is not None
+        return [uncertainty.frequencies, uncertainty.phases, uncertainty.weight]
+
+    assert all(map(torch.equal, found(), files["reg"].values()))
+    (tmp_path / "iter_000000031_reg_model.pt").unlink()  # ours are right in both
+    assert all(map(torch.equal, found(), files["ema"].values()))

@@ -28,7 +28,7 @@ from worldline.request import Positive, Share
 from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.sampling.solvers import finish, standard_noise
 from worldline.shapes import LatentShape
-from worldline.weights.checkpoint import Checkpoint
+from worldline.weights.checkpoint import Checkpoint, open_checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network
 
@@ -260,7 +260,15 @@ def make_step(
 
 
 def read_uncertainty(source: Checkpoint) -> Uncertainty | None:
-    """The uncertainty in a file; None where there is none, as in diffusers' layout."""
+    """The uncertainty in a file; None where there is none, as in diffusers' layout.
+
+    The released trainer never sets its features in averages: the file of the weights beside these
+    has them, and the layer that was trained on them.
+    """
+    path = source.path
+    weights = path.with_name(path.name.replace("_ema_model.pt", "_reg_model.pt"))
+    if weights != path and weights.is_file():
+        source = open_checkpoint(weights)
     if not {*_UNCERTAINTY.values()} <= source.tensors.keys():
         return None
     tensors = {name: source.read(key).float() for name, key in _UNCERTAINTY.items()}
