@@ -141,6 +141,15 @@ def test_files_of_no_training_are_refused(tmp_path: Path) -> None:
         open_state(tmp_path / "model.pt", [])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_alone_are_no_training(tmp_path: Path, family: str) -> None:
+    """They are what a run writes by default."""
+    checkpoints(tmp_path, family, form="worldline").gather(12, tensors, True)()
+    for path in tmp_path.rglob("*.pt"):
+        with pytest.raises(CheckpointError, match=r"iter_000000012.*there is no"):
+            open_state(path, [NAMES[family]]).read("exp_avg", NAMES[family])
+
+
 def bf16_step(value: Tensor, rate: float, steps: int, gradient: Tensor | float) -> Any:
     """Parameter and state after steps of one gradient, bf16 as the reference keeps them."""
     parameter = nn.Parameter(value.to(torch.bfloat16, copy=True))

@@ -162,6 +162,11 @@ def open_state(file: Path, trained: Sequence[str]) -> StoredState:
         place = ranks.setdefault(int(rank[1]) if rank else 0, {})
         for name, entry in _open(path).items():
             place |= dict.fromkeys(_keys(path, name, trained), entry)
+    if not ranks:
+        raise CheckpointError(
+            f"{file}: beside these weights there is no training ({found.name}/optim); give files "
+            "of a released trainer, or of checkpoint.format=reference"
+        )
     first, *others = (ranks[rank] for rank in sorted(ranks))
     if any(kind == MOMENTS[0] and not name for kind, name in first):
         raise CheckpointError(
