@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import SMALL_TRANSFORMER
 from worldline.errors import CheckpointError
+from worldline.families.autoregressive.model import ARTransformer
 from worldline.families.diffusion.objective import read_uncertainty
 from worldline.parallel.mesh import ALONE, Axis
+from worldline.shapes import LatentShape
+from worldline.train.experiment import Experiment
 from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles
 from worldline.train.optim import make_optimizer
-from worldline.weights.checkpoint import open_checkpoint
+from worldline.train.training import _checkpoints
+from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.trainings import open_state
 
 FAMILIES = ("autoregressive", "diffusion", "predict2_5")
@@ -209,3 +215,46 @@ def test_features_of_averages_weigh_no_loss(tmp_path: Path) -> None:
     assert all(map(torch.equal, found(), files["reg"].values()))
     (tmp_path / "iter_000000031_reg_model.pt").unlink()  # ours are right in both
     assert all(map(torch.equal, found(), files["ema"].values()))
+
+
+@pytest.mark.parametrize("form", ["worldline", "reference"])
+def test_averages_that_no_file_holds_are_named(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are not gathered, and take no room."""
+    objective, trainer, weights = (
+        import_module(f"worldline.families.autoregressive.{name}")
+        for name in ("objective", "trainer", "weights")
+    )
+    model = ARTransformer(SMALL_TRANSFORMER)
+    stored = {weights.KEYS.released(name): each for name, each in model.state_dict().items()}
+    save(stored, tmp_path / "model.safetensors")
+    network = weights.open_network(tmp_path, {})
+    step = objective.make_step(model, objective.NextTokenObjective(), LatentShape(1, 4, 4), network)
+    asked, sizes = [], []
+
+    def values(kind: str) -> Iterator[tuple[str, Tensor]]:
+        asked.append(kind)
+        yield from step.named_parameters()
+
+    for average in (False, True):
+        stated = {"average": {"enabled": average}, "checkpoint": {"format": form}}
+        training: Any = SimpleNamespace(
+            network=network,
+            opened=SimpleNamespace(name="Some-4B", settings={}, config=network.config),
+            module=objective,
+            part={"trainer": trainer, "weights": weights}.__getitem__,
+            mesh=ALONE,
+            folder=tmp_path,
+            experiment=Experiment.model_validate(stated),
+        )
+        caplog.clear()
+        files = _checkpoints(training, step, {})
+        assert ["average.enabled" in text and "Some-4B" in text for text in caplog.messages] == [
+            True
+        ] * average
+        files.gather(5, values, True)
+        sizes.append(files.nbytes({name: each.numel() for name, each in step.named_parameters()}))
+    assert "weights" in asked
+    assert "average" not in asked
+    assert sizes[0] == sizes[1]

@@ -809,7 +809,11 @@ def _checkpoints(
             if fnmatchcase(bare := name.removeprefix(keys.prefixes[0]), files.BESIDE):
                 buffers[f"{keys.prefixes[0]}{bare}"] = network.source.read(name)
     names = Names(released, training.mesh.tp, axes, buffers)
-    averaged, latest = experiment.average.enabled, files.LATEST
+    latest, average = files.LATEST, experiment.average.enabled
+    # the files of a family that has none in ours have none in those of its trainer
+    averaged = average and any(kind == "average" for _, kind, _ in files.MODEL_FILES)
+    if average and not averaged and not adapted:
+        log.warning("average.enabled: files of %s hold weights alone", training.opened.name)
     chosen: list[Form] = []
     if adapted:
         stems = {name: f"network.{name.removesuffix('.weight')}" for name in adapted}
@@ -817,7 +821,7 @@ def _checkpoints(
         diffusers = getattr(weights, "DIFFUSERS_KEYS", None)
         chosen = [
             AdapterFolder(
-                "average" if averaged else "weights", halves, experiment.lora.scale, keys, diffusers
+                "average" if average else "weights", halves, experiment.lora.scale, keys, diffusers
             )
         ]
     if experiment.checkpoint.format == "reference":
@@ -829,8 +833,6 @@ def _checkpoints(
         latest = "iter_{step:09}_adapter"
     else:
         listed = [ModelFile(*each, names) for each in files.MODEL_FILES]  # type: ignore[call-arg]
-        if averaged and not any(each.kind == "average" for each in listed):
-            log.warning("average.enabled: files of %s hold weights alone", training.opened.name)
         listed = [each for each in listed if averaged or each.kind != "average"]
         if training.mesh.layout.tp > 1:  # the name of the whole is that of the step's number
             listed += [replace(each, kind="iteration") for each in listed]
