@@ -209,10 +209,11 @@ def test_what_makes_another_run() -> None:
     assert differences(before, read(TEALROBOT, ["trainer.max_iter=3", "scheduler.warmup=1"])) == []
     fixed = ["optimizer.lr=0.5", "data.video_size=[64,96]", "scheduler.warmup=1"]
     fixed += ["trainer.grad_accum_iter=2", "trainer.reference_state=true"]
+    fixed += ["checkpoint.format=reference"]
     lines = differences(before, read(TEALROBOT, fixed))
     assert [line.split()[0] for line in lines] == [
         *("data.video_size", "optimizer.lr", "scheduler.warmup"),
-        *("trainer.grad_accum_iter", "trainer.reference_state"),
+        *("trainer.grad_accum_iter", "trainer.reference_state", "checkpoint.format"),
     ]
     assert "was 0.001 and is 0.5" in lines[1]
 

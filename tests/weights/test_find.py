@@ -211,6 +211,9 @@ def test_whole_files_of_a_training(tmp_path: Path) -> None:
     (run / "latest_checkpoint.txt").write_text("iter_000000003\n")
     for path in (tmp_path, run):
         assert torch.equal(open_weights(path).read("net.head.weight"), torch.full((3,), 4.0))
+    dcp.save(MODEL, checkpoint_id=str(run / "iter_000000002" / "model"), no_dist=True)
+    for path in (tmp_path, run):  # beside one of before
+        assert torch.equal(open_weights(path).read("net.head.weight"), torch.full((3,), 4.0))
 
 
 def test_nemo_is_named(tmp_path: Path) -> None:

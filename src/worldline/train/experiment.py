@@ -418,7 +418,8 @@ FREE_KEYS = (
     *("data.validation_dir", "trainer.*_iter", "trainer.run_validation", "trainer.compile"),
     *("trainer.activation_checkpointing", "checkpoint.*", "parallel.*", "model"),
 )
-FIXED_KEYS = ("trainer.grad_accum_iter",)  # although a pattern frees it
+# although a pattern frees them; files of another format would stay when theirs are removed
+FIXED_KEYS = ("trainer.grad_accum_iter", "checkpoint.format")
 
 
 def differences(

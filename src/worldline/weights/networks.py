@@ -386,8 +386,10 @@ def _missing(folder: Path, number: int | None) -> CheckpointError:
 def distributed_files(folder: Path) -> list[str]:
     """Distributed checkpoints in a folder or up to three levels below, the newest alone.
 
+    There is none where the newest iteration has whole files in its place.
+
     Raises:
-        CheckpointError: there are those of several runs.
+        CheckpointError: there are those of several runs, or none of the newest iteration.
     """
     levels = (islice(folder.glob("*/" * level), _MOST_FOLDERS) for level in (1, 2, 3))
     paths = filter(Path.is_file, (path / METADATA for path in chain([folder], *levels)))
@@ -401,7 +403,7 @@ def distributed_files(folder: Path) -> list[str]:
     latest = _latest(folder) or _latest(folder / "checkpoints")
     if names and latest is not None:
         names = [name for name in names if re.search(rf"\biter_0*{latest}\b", str(name))]
-        if not names:
+        if not names and not whole_files(folder):
             raise _missing(folder, latest)
     names.sort(key=lambda name: [*map(int, re.findall(r"\d+", str(name)))])
     return [str(name) for name in names[-1:]]
