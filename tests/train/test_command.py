@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import yaml
 from tests.cli.results import check_mentions
 from tests.states import read_state
 from worldline.cli.main import main
+from worldline.errors import InputError
 from worldline.locate import locate
 from worldline.opening import open_world
 from worldline.parallel.mesh import Axis
@@ -238,6 +240,52 @@ def test_frames_are_given_to_a_model_that_continues_clips(
         recipe = yaml.safe_load(capsys.readouterr().out)["objective"]
         assert (recipe["noise_factor"], recipe["most_conditioning"]) == (4, 2)
         assert recipe["text_dropout"] == dropped
+
+
+@pytest.mark.parametrize(
+    ("scale", "keys", "named"),
+    [
+        (None, ["lora.scale=1.5"], None),
+        (1.0, [], None),
+        (1.0, ["lora.scale=1.5"], "scale 1, and lora.scale is 1.5"),
+        (0.25, ["lora.scale=0.25"], None),
+        (0.25, [], "scale 0.25, and lora.scale is 1"),
+        (None, ["lora.rank=4"], "lora.rank"),
+        (None, ["lora.targets=[wq]"], "lora.targets"),
+    ],
+)
+def test_an_adapter_goes_on_with_its_own_settings(
+    root: Path,
+    videos: Path,
+    tmp_path: Path,
+    scale: float | None,
+    keys: list[str],
+    named: str | None,
+) -> None:
+    """Those that its file does not state are free; others are refused by its header."""
+    bundled = locate(AR, "checkpoints").named
+    network = open_world(locate(AR, "checkpoints"), {})["transformer"]
+    tensors = {name: network.source.read(name) for name in network.source.tensors}
+    for name, meta in network.source.tensors.items():
+        stem, (*rows, columns) = name.removesuffix(".weight"), meta.shape
+        if rows and ("attention." in name or "feed_forward." in name):
+            tensors[f"{stem}.lora_down.weight"] = torch.ones(3, columns)
+            tensors[f"{stem}.lora_up.weight"] = torch.ones(rows[0], 3)
+    (tmp_path / "mine").mkdir()
+    if scale is not None:
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3 * scale}
+        (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    save(tensors, tmp_path / "mine" / "model.safetensors")
+    shutil.copy(bundled / "config.json", tmp_path / "mine")
+    stated = {"model": AR, "checkpoint": {"load_path": str(tmp_path / "mine")}}
+    stated |= {"data": {"dataset_dir": str(videos)}, "lora": {"rank": 3}}
+    experiment = short_form("autoregressive", stated, ["job.name=x", *keys])
+    if named is None:
+        assert prepare(experiment, "cpu", str(bundled.parent)).network.adapters
+        return
+    with pytest.raises(InputError, match=re.escape(named)) as refusal:
+        prepare(experiment, "cpu", str(bundled.parent))
+    assert "model.safetensors" in str(refusal.value)
 
 
 @pytest.mark.parametrize(("model", "source"), [(MODELS[1], "embeddings"), (MODELS[2], "auto")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,30 @@ def add_adapters(
     return adapted
 
 
-def restore(adapted: Mapping[str, LowRankLinear], adapter: Adapter) -> None:
-    """Give adapters the numbers of a file; a ValueError where its matrices differ."""
-    updates = adapter.updates
-    own = {name: layer.down.shape for name, layer in adapted.items()}
-    theirs = {name: update.down.meta.shape for name, update in updates.items()}
+def check_adapter(shapes: Mapping[str, Sequence[int]], adapter: Adapter) -> None:
+    """Compare the matrices of an adapter, and its rank, with those of a run, by its header.
+
+    Args:
+        shapes: name of a matrix -> shape of `down`.
+        adapter: of a file.
+
+    Raises:
+        ValueError: they differ; the first of them are named.
+    """
+    own = {name: (*shape,) for name, shape in shapes.items()}
+    theirs = {name: (*update.down.meta.shape,) for name, update in adapter.updates.items()}
     if different := sorted(dict(own.items() ^ theirs.items())):
         names = ", ".join(different[:3])
         raise ValueError(f"{adapter.path} adapts other matrices, or by another rank ({names})")
+
+
+def restore(adapted: Mapping[str, LowRankLinear], adapter: Adapter) -> None:
+    """Give adapters the numbers of a file; a ValueError where its matrices differ."""
+    check_adapter({name: layer.down.shape for name, layer in adapted.items()}, adapter)
     for name, layer in adapted.items():
-        for parameter, half in zip((layer.down, layer.up), updates[name].halves, strict=True):
+        for parameter, half in zip(
+            (layer.down, layer.up), adapter.updates[name].halves, strict=True
+        ):
             value = half.read()
             refuse_nonfinite(half.path, name, value)
             parameter.data.copy_(value)

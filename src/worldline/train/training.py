@@ -51,7 +51,7 @@ from worldline.train.files import (
     ReferenceFiles,
 )
 from worldline.train.loop import LoopConfig, Objective, Run, generator
-from worldline.train.lora import adapted_name, add_adapters, restore
+from worldline.train.lora import adapted_name, add_adapters, check_adapter, restore
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
 from worldline.train.optim import Cosine, Linear, Power, trainable
 from worldline.train.samples import Samples
@@ -200,6 +200,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     if data.validation_dir and experiment.trainer.run_validation:
         held_out = _clips(data, data.validation_dir, opened, video, precision, world)
     training = Training(experiment, opened, clips, held_out, recipe, mesh, place)
+    _check_adapters(training)
     world.once(partial(_check_state, training))
     if experiment.trainer.compile:
         world.together(partial(_check_compiler, place))
@@ -619,13 +620,8 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
     if lora.rank:
         draws = generator(training.experiment.trainer.seed, 0, stream=2)
         adapted = add_adapters(model, _lora(training), draws)
-        try:
-            for adapter in inside:
-                restore(adapted, adapter)
-                if adapter.factors not in ([1.0], [lora.scale]):  # which most files do not state
-                    raise ValueError(f"{adapter.path} has the scale {adapter.factors[0]:g}")
-        except ValueError as error:
-            raise InputError(f"{error}; give its lora.rank, lora.targets and lora.scale") from None
+        for adapter in inside:
+            restore(adapted, adapter)
     else:
         model.requires_grad_(True)
     step = training.module.make_step(model, training.recipe, training.grid, network)
@@ -681,6 +677,34 @@ def _lora(training: Training) -> LoRARecipe:
                 f"with {', '.join(known[:20])}"
             )
     return replace(chosen, targets=tuple(name for names in matched.values() for name in names))
+
+
+def _check_adapters(training: Training) -> None:
+    """Refuse to train the adapter beside the weights further with other settings than its own.
+
+    Raises:
+        InputError: its matrices, rank or scale differ.
+    """
+    network, settings = training.network, training.experiment.lora
+    if not settings.rank or not network.adapters:
+        return
+    targets = _lora(training).targets
+    shapes = {
+        name: (settings.rank, shape[1])
+        for name, shape in shapes_of(network.kind, network.config).items()
+        if len(shape) == 2 and matches(name, targets)
+    }
+    for adapter in network.adapters:
+        try:
+            check_adapter(shapes, adapter)
+        except ValueError as error:
+            raise InputError(f"{error}; give its lora.rank and lora.targets") from None
+        if adapter.has_scale and adapter.factors != [settings.scale]:
+            scales = "/".join(f"{factor:g}" for factor in adapter.factors[:3])
+            raise InputError(
+                f"{adapter.path} has the scale {scales}, and lora.scale is {settings.scale:g}; "
+                "give its own"
+            )
 
 
 def _device_mesh(training: Training) -> DeviceMesh:

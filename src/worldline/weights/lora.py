@@ -135,6 +135,7 @@ class Adapter:
         files: that decide what is added.
         scale: the user's factor, which those of `updates` contain.
         notes: what is not stated in the file, or not used of it.
+        has_scale: whether the file states the scale of all products.
     """
 
     path: Path
@@ -142,6 +143,7 @@ class Adapter:
     files: tuple[Path, ...]
     scale: float
     notes: tuple[str, ...] = ()
+    has_scale: bool = True
 
     @property
     def factors(self) -> list[float]:
@@ -310,7 +312,8 @@ def read_adapter(
         updates[ours] = LowRank(*tensors, factor, (down.name, up.name))
     if unstated:
         notes.append("its file states no scale; 1 is taken")
-    return Adapter(source.path, updates, (*source.files, *files), scale, tuple(notes))
+    files = (*source.files, *files)
+    return Adapter(source.path, updates, files, scale, tuple(notes), has_scale=not unstated)
 
 
 def _misfits(
