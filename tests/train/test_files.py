@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +19,7 @@ from tests.conftest import SMALL_TRANSFORMER
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import ARTransformer
 from worldline.families.diffusion.objective import read_uncertainty
+from worldline.files import temporary_name
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.shapes import LatentShape
 from worldline.train.experiment import Experiment
@@ -81,6 +85,44 @@ def test_all_files_of_a_step_are_removed_and_no_others(
     mine.touch()
     files.remove(40)
     assert {*tmp_path.rglob("*")} - beside - {mine.with_name("config.json")} == {mine.parent, mine}
+
+
+@pytest.mark.parametrize("form", ["reference", "worldline"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leftovers_of_a_killed_save_go(tmp_path: Path, family: str, form: str) -> None:
+    """Files of a step that has no state, and temporaries; what may be of another run stays."""
+    files = checkpoints(tmp_path, family, form=form)
+    for step in (3, 40):
+        files.gather(step, tensors, True)()
+    kept = {path for path in tmp_path.rglob("*") if "iter_000000040" not in str(path)}
+    files.name(3)
+    (tmp_path / "iter_000000040_mine.pt").touch()
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    ours = f".{os.getpid()}-"
+    for place in ("iter_000000003_reg_model.pt", "iter_000000041/model.pt", "iter_000000007.state"):
+        path = temporary_name(tmp_path / place)
+        path = path.with_name(path.name.replace(ours, f".{killed.pid}-"))
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    files.sweep(None)
+    assert not [*tmp_path.rglob(".*.tmp")]
+    assert [*tmp_path.glob("iter_000000040*")] != [tmp_path / "iter_000000040_mine.pt"]
+    files.sweep(3)
+    beside = {"latest_checkpoint.txt", "iter_000000040_mine.pt"}
+    beside |= {"iter_000000041"} if family != "predict2_5" else set()  # whose folders it is
+    assert {*tmp_path.rglob("*")} == kept | {tmp_path / name for name in beside}
+
+
+def test_files_of_a_run_without_states_stay(tmp_path: Path) -> None:
+    """It went on from a state that is older."""
+    files = checkpoints(tmp_path, "diffusion", form="worldline")
+    for step in (40, 50):
+        files.gather(step, tensors, True)()
+    files.name(40)
+    files.sweep(3)
+    names = {path.name for path in tmp_path.glob("iter_*")}
+    assert names == {f"iter_000000040{end}" for end in (".pt", "_reg_model.pt", "_ema_model.pt")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

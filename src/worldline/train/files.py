@@ -6,8 +6,12 @@ By default they hold weights alone: what a run needs to go on is in its states.
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint
 
-from worldline.files import remove, replacing
+from worldline.files import remove, remove_stale, replacing
 from worldline.parallel.mesh import Axis
 from worldline.train.lora import Halves, save_diffusers, save_peft
 from worldline.train.sharding import fill
@@ -25,9 +29,12 @@ from worldline.weights.keymap import KeyMap
 from worldline.weights.lora import ADAPTER_FILES
 from worldline.weights.trainings import MOMENTS, StoredState, TrainerState
 
+log = logging.getLogger(__name__)
+
 dcp: Any = checkpoint  # which does not declare what it exports
 _SETTINGS = "config.json"
 LATEST = "latest_checkpoint.txt"
+_STEP = re.compile(r"iter_(\d{9})")
 
 # kind, one of weights, average, exp_avg, exp_avg_sq -> whole tensors by our names, one at a time
 Tensors = Callable[[str], Iterator[tuple[str, Tensor]]]
@@ -300,8 +307,26 @@ class Checkpoints:
                 path = self.folder / name
                 remove(path)
                 own = path.parent
-                if own != self.folder and [*own.glob("*")] == [own / _SETTINGS]:
+                if own != self.folder and {*own.glob("*")} <= {own / _SETTINGS}:
                     remove(own)
+
+    def sweep(self, state: int | None) -> None:
+        """Remove what a save that was killed left: temporaries, and files whose state is not whole.
+
+        Args:
+            state: step of the newest state; None without one, where files may be of anyone.
+        """
+        for path in [*self.folder.rglob(".*.tmp")]:
+            remove_stale(path.with_name(path.name[1:].rsplit(".", 2)[0]))
+        if state is None:
+            return
+        with suppress(OSError):  # of a run that went on without states
+            if named := _STEP.match((self.folder / LATEST).read_text()):
+                state = max(state, int(named[1]))
+        found = {int(match[1]) for name in os.listdir(self.folder) if (match := _STEP.match(name))}
+        for step in sorted(step for step in found if step > state):
+            log.info("%s: files of step %d, whose save was cut short, go", self.folder, step)
+            self.remove(step)
 
     def restore(self, stored: StoredState, state: Mapping[str, Tensor]) -> int:
         """Fill a run's state, by `kind/name`, with that of a released trainer; its step.

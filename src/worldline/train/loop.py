@@ -194,7 +194,10 @@ class Run:
 
     def restore(self) -> None:
         """Go back to the newest state or, without one, to what the run begins with."""
-        if steps := self.states.steps():
+        steps = self.states.steps()
+        if self.files and self.ranks.first:
+            self.files.sweep(steps[-1] if steps else None)
+        if steps:
             facts = self.states.restore(steps[-1], self.state())
             self.step = steps[-1]
             self.objective.restore(facts["position"])
