@@ -336,6 +336,20 @@ def test_weights_without_a_state_are_not_overwritten(
     assert kept.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["iter_000000009_adapter", "iter_000000009.pt"])
+def test_where_a_run_without_states_begins(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """With its weights, but an adapter alone is no model."""
+    folder = root / RUNS / AR / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "latest_checkpoint.txt").write_text(f"{name}\n")
+    assert run("--lora", *words(AR, videos)) == 2
+    error = capsys.readouterr().err
+    check_mentions(error, f"{folder} job.name=OTHER")
+    assert ("load_path" in error) == name.endswith(".pt")
+
+
 def test_two_runs_do_not_share_a_folder(
     root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -389,9 +389,12 @@ def _check_state(training: Training) -> None:
     """
     states = States(training.folder)
     if not states.steps() and (training.folder / LATEST).exists():
+        alone = b"adapter" in (training.folder / LATEST).read_bytes()
+        kind = "an adapter" if alone else "weights"
+        start = f", and checkpoint.load_path={training.folder} to begin with them"
         raise InputError(
-            f"{training.folder} holds weights of a run and no state to go on from; give "
-            f"job.name=OTHER, and checkpoint.load_path={training.folder} to begin with them"
+            f"{training.folder} holds {kind} of a run and no state to go on from; give "
+            f"job.name=OTHER{'' if alone else start}"
         )
     if steps := states.steps():
         position = states.facts(steps[-1])["position"]
