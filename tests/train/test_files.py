@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,26 @@ def test_all_files_of_a_step_are_removed_and_no_others(
     mine.touch()
     files.remove(40)
     assert {*tmp_path.rglob("*")} - beside - {mine.with_name("config.json")} == {mine.parent, mine}
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "numbers"),
+    [
+        ("autoregressive", False, 20_000 + 4 * 700),
+        ("diffusion", False, 60_000 + 8 * 700),
+        ("diffusion", True, 20_000 + 12 * 700),  # averages of the adapter alone
+        ("predict2_5", True, 60_000 + 4 * 700),
+    ],
+)
+def test_room_for_files_of_a_trainer(
+    tmp_path: Path, family: str, adapter: bool, numbers: int
+) -> None:
+    """Bytes, for 10,000 numbers of which 700 are trained: weights, averages and both moments."""
+    files = checkpoints(tmp_path, family, adapter=adapter)
+    [form] = files.forms
+    names = replace(form.tensors, released=lambda name: f"net.{name}")
+    form = replace(form, tensors=names, average=family != "autoregressive")
+    assert form.nbytes({"a": 700, "b": 9300}) == pytest.approx(numbers, abs=64)  # settings beside
 
 
 @pytest.mark.parametrize("form", ["reference", "worldline"])

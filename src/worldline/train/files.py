@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -197,9 +197,19 @@ class ReferenceFiles:
     average: bool
 
     def nbytes(self, counts: Mapping[str, int]) -> int:
-        trained = sum(counts[name] for name in self.trained)
-        wide = 4 * sum(counts.values()) if self.average else 0
-        return 2 * sum(counts.values()) + wide + 2 * self.dtype.itemsize * trained
+        """As the family lays out a state of such tensors, which takes no memory."""
+
+        def planned(names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+            return {
+                self.tensors.released(name): torch.empty(counts[name], dtype=dtype, device="meta")
+                for name in names
+            }
+
+        average = planned(self.trained, torch.float32) if self.average else {}
+        moments = {name: (one, one) for name, one in planned(self.trained, self.dtype).items()}
+        weights = planned(counts, torch.bfloat16)
+        state = replace(self._state(0), weights=weights, average=average, moments=moments)
+        return _nbytes(self.files(state))
 
     def names(self, step: int) -> list[str]:
         ranks = range(self.tensors.tp.count)
@@ -223,6 +233,15 @@ class ReferenceFiles:
         tp = self.tensors.tp
         settings = self.settings(step)
         return TrainerState(step, self.average, **settings, rank=tp.rank, count=tp.count)
+
+
+def _nbytes(content: Any) -> int:
+    """Bytes of all tensors in dicts and lists."""
+    if isinstance(content, Mapping):
+        return sum(map(_nbytes, content.values()))
+    if isinstance(content, list | tuple):
+        return sum(map(_nbytes, content))
+    return content.nbytes if isinstance(content, Tensor) else 0
 
 
 def _pickle(content: Any, path: Path) -> None:
