@@ -288,6 +288,27 @@ def test_an_adapter_goes_on_with_its_own_settings(
     assert "model.safetensors" in str(refusal.value)
 
 
+def test_a_training_that_is_over_does_not_go_on(root: Path, videos: Path, tmp_path: Path) -> None:
+    """The number of its steps is read before the model is."""
+    bundled = locate(AR, "checkpoints").named
+    network = open_world(locate(AR, "checkpoints"), {})["transformer"]
+    tensors = {name: network.source.read(name) for name in network.source.tensors}
+    state = {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.zeros(2)}}}
+    path = tmp_path / "iter_000000007.pt"
+    torch.save({"model": tensors, "optimizer": state}, path)
+    shutil.copy(bundled / "config.json", tmp_path)
+    loaded = {"load_path": str(path), "load_training_state": True}
+    stated = {"model": AR, "data": {"dataset_dir": str(videos)}, "checkpoint": loaded}
+
+    def prepare_steps(most: int) -> None:
+        keys = ["job.name=x", f"trainer.max_iter={most}"]
+        prepare(short_form("autoregressive", stated, keys), "cpu", str(bundled.parent))
+
+    prepare_steps(10)
+    with pytest.raises(InputError, match=r"iter_000000007\.pt: .* 9 steps, .*max_iter is 9"):
+        prepare_steps(9)
+
+
 @pytest.mark.parametrize(("model", "source"), [(MODELS[1], "embeddings"), (MODELS[2], "auto")])
 @pytest.mark.parametrize("inner", ["", "videos"])
 def test_embeddings_beside_the_videos(

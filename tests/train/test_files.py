@@ -28,7 +28,7 @@ from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles
 from worldline.train.optim import make_optimizer
 from worldline.train.training import _checkpoints
 from worldline.weights.checkpoint import open_checkpoint, save
-from worldline.weights.trainings import open_state
+from worldline.weights.trainings import open_state, steps_of
 
 FAMILIES = ("autoregressive", "diffusion", "predict2_5")
 # one released name of each family
@@ -158,6 +158,7 @@ def test_a_state_is_read_as_it_was_written(tmp_path: Path, family: str) -> None:
     kinds = ["weights", "exp_avg", "exp_avg_sq"] + ["average"] * (family != "autoregressive")
     state = {f"{kind}/a": torch.zeros(2, 3) for kind in kinds} | {"step/a": torch.zeros(())}
     assert files.restore(stored, state) == 12
+    assert steps_of(stored.path) == 12
     for kind in kinds:
         assert torch.equal(state[f"{kind}/a"], next(tensors(kind))[1]), kind
     assert state["step/a"] == 12

@@ -197,7 +197,7 @@ class ReferenceFiles:
     average: bool
 
     def nbytes(self, counts: Mapping[str, int]) -> int:
-        """As the family lays out a state of such tensors, which takes no memory."""
+        """Bytes of what the family writes of tensors of these sizes, which take no memory."""
 
         def planned(names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
             return {

@@ -60,7 +60,7 @@ from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe, matches
 from worldline.weights.networks import Network, shapes_of
-from worldline.weights.trainings import open_state
+from worldline.weights.trainings import open_state, steps_of
 
 log = logging.getLogger(__name__)
 
@@ -347,14 +347,10 @@ def _begin(
 
     Raises:
         CheckpointError: it is another model's, or lacks files.
-        InputError: it is as long as the run.
     """
     names = sorted(map(files.tensors.released, trained), key=training.part("trainer").order)
     stored = open_state(training.network.source.files[0], names)
-    if (step := files.restore(stored, state)) >= (most := training.experiment.trainer.max_iter):
-        raise InputError(
-            f"{stored.path} has done {step:,} steps, and trainer.max_iter is {most:,}; give more"
-        )
+    step = files.restore(stored, state)
     if training.mesh.world.first:
         log.info("%s: going on from step %d; its clips begin anew", stored.path, step)
     return step
@@ -385,7 +381,9 @@ def _check_state(training: Training) -> None:
     """Refuse another experiment than that of the newest state, before anything is read or written.
 
     Raises:
-        InputError: the keys that differ are named, or the clips do.
+        CheckpointError: a run is to go on from files of no training.
+        InputError: the keys that differ are named, or the clips do; or such a training is as long
+            as the run.
     """
     states = States(training.folder)
     if not states.steps() and (training.folder / LATEST).exists():
@@ -396,6 +394,13 @@ def _check_state(training: Training) -> None:
             f"{training.folder} holds {kind} of a run and no state to go on from; give "
             f"job.name=OTHER{'' if alone else start}"
         )
+    if not states.steps() and training.experiment.checkpoint.load_training_state:
+        file, most = training.network.source.files[0], training.experiment.trainer.max_iter
+        if (done := steps_of(file)) >= most:
+            raise InputError(
+                f"{file}: its training has done {done:,} steps, and trainer.max_iter is {most:,}; "
+                "give more"
+            )
     if steps := states.steps():
         position = states.facts(steps[-1])["position"]
         _same(training, position["experiment"])

@@ -149,24 +149,13 @@ def open_state(file: Path, trained: Sequence[str]) -> StoredState:
     Raises:
         CheckpointError: it is of no training, or damaged.
     """
-    names = ((path, re.match(r"iter_\d+", path.name)) for path in (file, *file.parents[:2]))
-    found = next((path.with_name(match[0]) for path, match in names if match), None)
-    if found is None:
-        raise CheckpointError(f"{file}: its name is none of a training, such as iter_000000200.pt")
+    found, paths = _files(file)
     ranks: dict[int, dict[tuple[str, str], Source]] = {}
-    paths = [*found.parent.glob(f"{found.name}.pt"), *found.parent.glob(f"{found.name}_*.pt")]
-    paths = [path for path in paths if "_RANK" not in path.name]  # averages of other lengths
-    paths += [path for name in ("model", "optim") if (path := found / name / METADATA).is_file()]
-    for path in sorted(paths):
+    for path in paths:
         rank = _RANK.search(path.name)
         place = ranks.setdefault(int(rank[1]) if rank else 0, {})
         for name, entry in _open(path).items():
             place |= dict.fromkeys(_keys(path, name, trained), entry)
-    if not ranks:
-        raise CheckpointError(
-            f"{file}: beside these weights there is no training ({found.name}/optim); give files "
-            "of a released trainer, or of checkpoint.format=reference"
-        )
     first, *others = (ranks[rank] for rank in sorted(ranks))
     if any(kind == MOMENTS[0] and not name for kind, name in first):
         raise CheckpointError(
@@ -180,6 +169,39 @@ def open_state(file: Path, trained: Sequence[str]) -> StoredState:
             key: _join(found, key, [first[key], *(o[key] for o in others)]) for key in shared
         }
     return StoredState(found, entries)
+
+
+def steps_of(file: Path) -> int:
+    """Steps that a training has done, by one of its files.
+
+    Raises:
+        CheckpointError: as `open_state`.
+    """
+    found, paths = _files(file)
+    counts = {
+        ("step", f"{path}: {name}"): entry
+        for path in paths
+        for name, entry in _open(path).items()
+        if any(kind == "step" for kind, _ in _keys(path, name, ()))
+    }
+    return StoredState(found, counts).step
+
+
+def _files(file: Path) -> tuple[Path, list[Path]]:
+    """Beginning of the names of a training's files, and those with tensors of its state."""
+    names = ((path, re.match(r"iter_\d+", path.name)) for path in (file, *file.parents[:2]))
+    found = next((path.with_name(match[0]) for path, match in names if match), None)
+    if found is None:
+        raise CheckpointError(f"{file}: its name is none of a training, such as iter_000000200.pt")
+    paths = [*found.parent.glob(f"{found.name}.pt"), *found.parent.glob(f"{found.name}_*.pt")]
+    paths = [path for path in paths if "_RANK" not in path.name]  # averages of other lengths
+    paths += [path for name in ("model", "optim") if (path := found / name / METADATA).is_file()]
+    if not paths:
+        raise CheckpointError(
+            f"{file}: beside these weights there is no training ({found.name}/optim); give files "
+            "of a released trainer, or of checkpoint.format=reference"
+        )
+    return found, sorted(paths)
 
 
 def _join(place: Path, key: tuple[str, str], parts: Sequence[Source]) -> ShardedTensor:
