@@ -102,9 +102,10 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Names of all files of a run, hidden ones too, and tensors of those with weights."""
+    """Names of all files of a run, hidden ones too, and bytes of those with tensors."""
     names = {path.relative_to(folder) for path in folder.rglob("*")}
-    files = {name: (folder / name).read_bytes() for name in names if name.suffix == ".pt"}
+    kinds = (".pt", ".distcp", ".safetensors")
+    files = {name: (folder / name).read_bytes() for name in names if name.suffix in kinds}
     return {**dict.fromkeys(map(str, names)), **{str(name): data for name, data in files.items()}}
 
 
