@@ -58,11 +58,11 @@ def checkpoints(
         rates = {"lr": 0.5, "initial_lr": 1.0, "betas": (0.9, 0.99)}
         return {"optimizer": rates, "adapter": adapter}
 
-    kinds = trainer.files, trainer.order, trainer.MOMENTS
+    kinds = trainer.files, trainer.order, trainer.MOMENTS_DTYPE
     forms: list[Any] = [ReferenceFiles(*kinds, names, ("a",), settings, True)]
     if form != "reference":
         forms = [ModelFile(*each, names) for each in objective.MODEL_FILES]  # type: ignore[call-arg]
-    return Checkpoints(folder, tuple(forms), objective.LATEST, names, {"a": 1})
+    return Checkpoints(folder, tuple(forms), objective.NEWEST, names, {"a": 1})
 
 
 @pytest.mark.parametrize(

@@ -841,7 +841,7 @@ def _checkpoints(
             if fnmatchcase(bare := name.removeprefix(keys.prefixes[0]), files.BESIDE):
                 buffers[f"{keys.prefixes[0]}{bare}"] = network.source.read(name)
     names = Names(released, training.mesh.tp, axes, buffers)
-    latest, average = files.LATEST, experiment.average.enabled
+    latest, average = files.NEWEST, experiment.average.enabled
     # the files of a family that has none in ours have none in those of its trainer
     averaged = average and any(kind == "average" for _, kind, _ in files.MODEL_FILES)
     if average and not averaged and not adapted:
@@ -859,7 +859,7 @@ def _checkpoints(
     if experiment.checkpoint.format == "reference":
         trained = tuple(name for name, each in step.named_parameters() if each.requires_grad)
         settings = partial(_settings, experiment, bool(adapted))
-        form = trainer.files, trainer.order, trainer.MOMENTS
+        form = trainer.files, trainer.order, trainer.MOMENTS_DTYPE
         chosen.append(ReferenceFiles(*form, names, trained, settings, averaged))
     elif adapted:
         latest = "iter_{step:09}_adapter"

@@ -164,7 +164,7 @@ def check_grid(recipe: NextTokenObjective, grid: LatentShape) -> None:
 
 # files of a checkpoint: name, what it holds, precision; and what names the newest
 MODEL_FILES = (("iter_{step:09}.pt", "weights", torch.bfloat16),)
-LATEST = "iter_{step:09}.pt"
+NEWEST = "iter_{step:09}.pt"
 BESIDE = ""  # pattern of further names of files that are kept as they were
 
 

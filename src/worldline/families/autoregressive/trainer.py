@@ -11,7 +11,7 @@ import torch
 
 from worldline.weights.trainings import TrainerState, by_index
 
-MOMENTS = torch.bfloat16
+MOMENTS_DTYPE = torch.bfloat16
 STATE = torch.bfloat16  # of weights and moments while it trains
 _PARTS = ("tok_embeddings", "layers", "norm", "output")
 # of a layer, as its module has them

@@ -243,7 +243,7 @@ MODEL_FILES = (
     ("iter_{step:09}_ema_model.pt", "average", torch.float32),
     ("iter_{step:09}.pt", "iteration", torch.bfloat16),
 )
-LATEST = "iter_{step:09}.pt"
+NEWEST = "iter_{step:09}.pt"
 BESIDE = "pos_embedder.*"  # pattern of further names of files that are kept as they were
 _UNCERTAINTY = {
     "frequencies": "logvar.0.freqs",

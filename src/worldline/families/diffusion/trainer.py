@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from worldline.weights.trainings import MOMENTS as KINDS
-from worldline.weights.trainings import TrainerState, by_index
+from worldline.weights.trainings import MOMENTS, TrainerState, by_index
 
-MOMENTS = torch.float32
+MOMENTS_DTYPE = torch.float32
 STATE = torch.float32  # the weights that compute are a copy, rounded
 
 
@@ -24,7 +23,7 @@ def order(name: str) -> tuple[int, ...]:
 
 def files(state: TrainerState) -> dict[str, Any]:
     """Names and contents of the files of a step."""
-    moments = {name: dict(zip(KINDS, pair, strict=True)) for name, pair in state.moments.items()}
+    moments = {name: dict(zip(MOMENTS, pair, strict=True)) for name, pair in state.moments.items()}
     settings = {
         **state.optimizer,
         **{name: torch.tensor(state.optimizer.get(name, 0.0)) for name in ("lr", "initial_lr")},

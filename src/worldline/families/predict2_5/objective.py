@@ -174,7 +174,7 @@ MODEL_FILES = (
     ("iter_{step:09}/model.pt", "weights", torch.bfloat16),
     ("iter_{step:09}/model_ema_bf16.pt", "average", torch.bfloat16),
 )
-LATEST = "iter_{step:09}"
+NEWEST = "iter_{step:09}"
 BESIDE = "pos_embedder.*"  # pattern of further names of files that are kept as they were
 
 

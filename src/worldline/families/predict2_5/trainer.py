@@ -11,7 +11,7 @@ import torch
 
 from worldline.weights.trainings import WRAPPED, TrainerState
 
-MOMENTS = torch.bfloat16
+MOMENTS_DTYPE = torch.bfloat16
 STATE = torch.bfloat16  # of weights and moments while it trains
 _NETWORK = "net."
 
