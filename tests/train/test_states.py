@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.cli.results import check_mentions
 from tests.ranks import Together
 from worldline.errors import CheckpointError, Error, InputError
 from worldline.parallel.mesh import Axis
@@ -64,8 +65,24 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"of 1 tensors the first is weights/a"):
         states.restore(1, other)
     (states.path(1) / FACTS).unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         states.restore(1, empty())
+
+
+@pytest.mark.parametrize("damage", ["cut", "facts", "metadata"])
+def test_a_damaged_state_is_named_with_the_one_before(tmp_path: Path, damage: str) -> None:
+    states = States(tmp_path, keep_last=2)
+    for step in (3, 4):
+        states.save(step, {"a": torch.ones(4000)}, {"x": step})
+    states.wait()
+    file = next(
+        states.path(4).glob({"facts": "run.json", "metadata": ".metadata"}.get(damage, "*.distcp"))
+    )
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError) as raised:
+        states.restore(4, {"a": torch.zeros(4000)})
+    check_mentions(str(raised.value), f"{states.path(4)} iter_000000003.state")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_state_that_fails_is_reported_though_a_run_ends_by_another_error(

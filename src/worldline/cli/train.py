@@ -117,6 +117,9 @@ def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experi
     overrides = [word for word in words if "=" in word]
     names = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
     overrides = [word for word in overrides if not word.startswith("experiment=")]
+    if len(models) > 1 or (models and names):
+        extra = models[-1]
+        raise InputError(f"{extra}: it is no KEY=VALUE; give one MODEL, or -- experiment=NAME")
     if len(models) + len(names) != 1:
         raise InputError("give a MODEL with --videos, or -- experiment=NAME; --list shows them")
     stated = _sections(short)

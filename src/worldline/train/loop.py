@@ -201,6 +201,8 @@ class Run:
             facts = self.states.restore(steps[-1], self.state())
             self.step = steps[-1]
             self.objective.restore(facts["position"])
+            if self.ranks.first:
+                log.info("%s: going on from step %d", self.states.path(self.step), self.step)
         else:
             self.step = self.begin(self.state())
 

@@ -17,10 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from worldline.errors import CheckpointError, Error, InputError, one_line, strerror
 from worldline.files import readable_size, remove, remove_stale, temporary_name
@@ -204,7 +206,7 @@ class States:
         try:
             facts: dict[str, Any] = json.loads((path / FACTS).read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(self._damaged(path, error)) from error
         return facts
 
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -217,8 +219,8 @@ class States:
         try:
             reader = dcp.FileSystemReader(path)
             stored = {name: tuple(each.size) for name, each in _sizes(reader).items()}
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (OSError, ValueError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(self._damaged(path, error)) from error
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if stored != wanted:
             different = sorted(
@@ -228,9 +230,17 @@ class States:
                 f"{path} is the state of another model or optimizer (of {len(different)} tensors "
                 f"the first is {different[0]}); choose another folder"
             )
-        with _quiet():
-            dcp.load(dict(tensors), storage_reader=reader, **_together(self.ranks))
+        try:
+            with _quiet():
+                dcp.load(dict(tensors), storage_reader=reader, **_together(self.ranks))
+        except CheckpointException as error:  # which holds what each process met
+            raise CheckpointError(self._damaged(path, error)) from error
         return facts
+
+    def _damaged(self, path: Path, error: BaseException) -> str:
+        before = [self.path(step).name for step in self.steps() if self.path(step) < path]
+        start = f"from {before[-1]}" if before else "anew"
+        return f"{path} is damaged ({_reason(error)}); remove it, and the run goes on {start}"
 
 
 def _reason(error: BaseException) -> str:
