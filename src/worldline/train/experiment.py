@@ -491,8 +491,15 @@ def _problem(error: Any, typed: Mapping[str, str]) -> str:
         known = did_you_mean(".".join(path), keys(), 0.6)
         return f"{where}: there is no such key{known or '; --dry_run prints all'}"
     advice = error["msg"].replace("Input should", "it must").removeprefix("Value error, ")
-    if error["type"] == "missing":
+    kind, most = error["type"], error.get("ctx", {}).get("max_length")
+    if kind == "missing":
         advice = "one more value belongs to it"
+    elif kind == "too_long":
+        advice = f"{most} values belong to it"
+    elif kind in ("tuple_type", "list_type"):
+        advice = "give values in brackets, such as [a,b]"
+    elif kind in ("dict_type", "model_type", "model_attributes_type"):
+        advice = f"it is a section; give {where}.KEY=VALUE"
     return f"{where} is {brief(error['input'])}; {advice}"
 
 
