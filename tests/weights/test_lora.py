@@ -287,6 +287,16 @@ def test_scales_of_patterns(network: Network[Any], tmp_path: Path) -> None:
     assert updates["blocks.0.attention.body.q.weight"].scale == pytest.approx(6 / 3**0.5)
 
 
+@pytest.mark.parametrize("within", ["", "checkpoints/"])
+def test_a_training_gives_its_newest_adapter(
+    network: Network[Any], within: str, tmp_path: Path
+) -> None:
+    for step in (90, 100, 20):
+        peft(draw(network, "*.q.weight"), tmp_path / "run" / f"{within}iter_{step:09}_adapter")
+    newest = tmp_path / "run" / f"{within}iter_000000100_adapter"
+    assert open_adapter(tmp_path / "run").path == open_adapter(newest).path
+
+
 def test_digests_are_of_numbers_and_scales(network: Network[Any], tmp_path: Path) -> None:
     halves = draw(network, "*.q.weight")
     one = peft(halves, tmp_path / "a")

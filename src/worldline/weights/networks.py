@@ -327,6 +327,9 @@ def weights_file(
 
     def ranked() -> Iterator[str]:
         yield from preferred
+        for pattern in ("iter_*_adapter", "checkpoints/iter_*_adapter"):
+            for name in newest_first(path, pattern):
+                yield from (f"{name}/{file}" for file in preferred)
         yield from (file.name for file in hashed)
         yield from TRANSFORMER_FILES
         yield from training_files(path)
@@ -338,6 +341,11 @@ def weights_file(
         yield from whole_files(path)
 
     return find_files(path, ranked(), kind, anchors)[0]
+
+
+def newest_first(folder: Path, pattern: str) -> list[str]:
+    """Names below a folder that match a pattern, of later steps first."""
+    return sorted((str(path.relative_to(folder)) for path in folder.glob(pattern)), reverse=True)
 
 
 def last_resorts(folder: Path) -> Iterator[str]:
