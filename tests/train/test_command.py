@@ -162,6 +162,13 @@ def test_adapters(
     check_mentions(capsys.readouterr().err, f"{other} load_path job.name=OTHER")
 
 
+def test_weights_alone_take_the_tokenizer_of_their_model(root: Path, videos: Path) -> None:
+    model = "tiny-Cosmos-Predict1-4B"
+    alone = shutil.copytree(locate(model, ".").named, root / "alone")
+    line = words(model, videos, f"checkpoint.load_path={alone}")
+    assert run("--dry_run", *line) == 0
+
+
 def test_weights_of_another_family(
     root: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

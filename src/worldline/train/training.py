@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from worldline.errors import InputError, brief, did_you_mean, one_line
+from worldline.errors import CheckpointError, InputError, brief, did_you_mean, one_line
 from worldline.family import FAMILIES, Compute, Opened, Parts
 from worldline.files import check_folder, digest
 from worldline.locate import locate
@@ -181,6 +181,10 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     if not name:
         raise InputError("model: it is missing; give a released name or a folder")
     found = locate(name, checkpoint_dir)
+    if name != experiment.model and experiment.model:
+        with suppress(CheckpointError):  # weights with their tokenizer beside need no model
+            roots = *found.roots, *locate(experiment.model, checkpoint_dir).roots
+            found = replace(found, roots=tuple(dict.fromkeys(roots)))
     # what a model can leave out (the decoder of its tokens), training never reads
     options = {part.disable: True for part in recognise(found).family.parts if part.disable}
     opened = open_world(found, {"checkpoint_dir": checkpoint_dir, **options})
