@@ -153,6 +153,15 @@ def test_adapters(
     for end in files:
         assert all(map(torch.equal, parameters(checkpoints / f"iter_000000002{end}"), expected))
 
+    capsys.readouterr()
+    further = words(model, videos, f"checkpoint.load_path={last}", "job.name=further", steps=1)
+    further += ["optimizer.lr=1e-30", "trainer.sample_iter=0"]
+    assert run("--lora", *further, "lora.rank=3") == 0
+    again = root / RUNS / "further" / "checkpoints" / "iter_000000001_adapter"
+    assert all(map(torch.equal, parameters(again), expected))
+    assert run(*further) == 2
+    check_mentions(capsys.readouterr().err, f"load_path {last} --lora")
+
     other = tmp_path / "other" / "model.safetensors"
     shutil.copytree(network.path.parent, other.parent)
     tensors = {n: network.source.read(n) for n in network.source.tensors}

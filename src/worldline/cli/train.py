@@ -161,13 +161,6 @@ def _of_model(
     experiment = experiments.short_form(family, stated, overrides, flags)
     if "lora" in stated and not experiment.lora.rank:
         raise InputError("lora.rank is 0, but --lora asks for an adapter; leave one of them out")
-    if begin := experiment.checkpoint.load_path:
-        theirs = recognise(locate(begin, folder)).family.name
-        if theirs != family:
-            raise InputError(
-                f"checkpoint.load_path: {begin} is of {theirs}, but {model} is of {family}; "
-                "give weights of that family, or their model"
-            )
     return experiment
 
 

@@ -59,6 +59,7 @@ from worldline.train.sharding import Sharded, share
 from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe, matches
+from worldline.weights.lora import ADAPTER_FILES
 from worldline.weights.networks import Network, shapes_of
 from worldline.weights.trainings import open_state, steps_of
 
@@ -177,17 +178,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     world = job.join(place)
     check_folder(experiment.folder)
     check_boards(experiment)
-    name = experiment.checkpoint.load_path or experiment.model
-    if not name:
-        raise InputError("model: it is missing; give a released name or a folder")
-    found = locate(name, checkpoint_dir)
-    if name != experiment.model and experiment.model:
-        with suppress(CheckpointError):  # weights with their tokenizer beside need no model
-            roots = *found.roots, *locate(experiment.model, checkpoint_dir).roots
-            found = replace(found, roots=tuple(dict.fromkeys(roots)))
-    # what a model can leave out (the decoder of its tokens), training never reads
-    options = {part.disable: True for part in recognise(found).family.parts if part.disable}
-    opened = open_world(found, {"checkpoint_dir": checkpoint_dir, **options})
+    opened = _open(experiment, checkpoint_dir)
     recipe = _recipe(experiment, opened)
     experiment = experiment.model_copy(update={"objective": asdict(recipe)})  # every field of it
     tp = experiment.parallel.tensor_model_parallel_size
@@ -209,6 +200,37 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     if experiment.trainer.compile:
         world.together(partial(_check_compiler, place))
     return training
+
+
+def _open(experiment: Experiment, checkpoint_dir: str) -> Opened:
+    """The model of an experiment with the weights, or the adapter, that a run begins with.
+
+    Raises:
+        InputError: no model, or one of another family than these weights.
+        CheckpointError: a file is missing, or damaged.
+    """
+    model, begin = experiment.model, experiment.checkpoint.load_path
+    options: dict[str, Any] = {"checkpoint_dir": checkpoint_dir}
+    if begin and model and (Path(begin) / ADAPTER_FILES[0]).is_file():
+        if not experiment.lora.rank:
+            raise InputError(f"checkpoint.load_path: {begin} is an adapter; add --lora to train it")
+        options["lora"], begin = [begin], None
+    if not (name := begin or model):
+        raise InputError("model: it is missing; give a released name or a folder")
+    found = locate(name, checkpoint_dir)
+    family = recognise(found).family
+    if begin and model:
+        with suppress(CheckpointError):  # weights with all parts beside need no model
+            whole = locate(model, checkpoint_dir)
+            found = replace(found, roots=tuple(dict.fromkeys((*found.roots, *whole.roots))))
+            if (other := recognise(whole).family) is not family:
+                raise InputError(
+                    f"checkpoint.load_path: {begin} is of {family.name}, but {model} is of "
+                    f"{other.name}; give weights of that family, or their model"
+                )
+    # what a model can leave out (the decoder of its tokens), training never reads
+    options |= {part.disable: True for part in family.parts if part.disable}
+    return open_world(found, options)
 
 
 def memory_of(training: Training) -> dict[bool, TrainingMemory]:
