@@ -10,10 +10,6 @@ its scale at 0, which has to give the same frames as the world alone.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,12 +22,10 @@ from numpy.typing import NDArray
 
 import worldline
 from benchmarks.tiny_quality import FIRST_SEED, psnr, quartiles, reconstructed
+from benchmarks.tiny_runs import Frames, command, losses, report, thinned
 from tiny.clips import Clips, make_clips
 from tiny.motion import FPS
-from worldline.video.sheet import contact_sheet
 from worldline.video.write import write_video
-
-Frames = NDArray[np.uint8]
 
 # fewer latent frames than the released recipe's 16; all layers that carry text and pictures
 KEYS = "objective.noise_factor=2 lora.targets=[to_q,to_k,to_v,to_out,layer1,layer2]"
@@ -52,16 +46,6 @@ def write_clips(folder: Path, clips: Clips) -> None:
     for number, (frames, caption) in enumerate(zip(clips.frames, clips.captions, strict=True)):
         write_video(look(frames.numpy()), folder / "videos" / f"c{number:03}.mp4", FPS)
         (folder / "metas" / f"c{number:03}.txt").write_text(caption)
-
-
-def command(*words: str, folder: Path) -> str:
-    """Run `worldline` in a process of its own; its log."""
-    environment = {**os.environ, "OUTPUT_ROOT": str(folder / "runs")}
-    line = [sys.executable, "-m", "worldline", *words]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stderr
 
 
 class Continuations:
@@ -114,14 +98,12 @@ def main(
         f"data.cache_dir={folder / 'cache'}",
         *words.split(),
     ]
-    command(
+    log = command(
         *("train", model, "--lora", "--videos", str(folder / "clips"), "--name", "look"),
         *("--max_steps", str(steps), "--learning_rate", str(rate), "--", *given_words),
         folder=folder,
     )
     seconds = time.perf_counter() - began
-    [log] = (folder / "runs").rglob("log.jsonl")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
     [adapter] = (folder / "runs").rglob(f"iter_{steps:09}_adapter")
     ways = {"base": None, "adapter": str(adapter), "scale 0": f"{adapter}:0"}
     worlds = {way: Continuations(model, path) for way, path in ways.items()}
@@ -163,18 +145,14 @@ def main(
         "learning_rate": rate,
         "keys": words.split(),
         "train_seconds": round(seconds, 1),
-        "losses": {line["step"]: line["loss"] for line in lines[:: max(1, len(lines) // 8)]},
+        "losses": thinned(losses(log)),
         "adapter_bytes": sum(path.stat().st_size for path in adapter.iterdir()),
         "psnr_db": {name: quartiles(values) for name, values in figures.items()},
         "gain_db": quartiles(gains),
         "clips_that_gain": sum(gain > 0 for gain in gains),
         "scale_0_has_the_frames_of_the_base": same,
     }
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    if sheet is not None:
-        frames, labels = zip(*rows, strict=True)
-        contact_sheet(frames, sheet, labels)
+    report(result, rows, output, sheet)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ greedily. What the tokenizer itself loses bounds the result.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -23,11 +22,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import worldline
-from benchmarks.tiny_lora import command
 from benchmarks.tiny_quality import GIVEN, psnr, quartiles, reconstructed
+from benchmarks.tiny_runs import Frames, command, losses, report, thinned
 from tiny import sizes
 from tiny.clips import ClipPool
 from tiny.reconstruction import train_reconstruction
@@ -40,10 +38,7 @@ from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.data.frames import Transform
 from worldline.train.data.videos import measure
 from worldline.video.read import read_frames
-from worldline.video.sheet import contact_sheet
 from worldline.video.write import write_video
-
-Frames = NDArray[np.uint8]
 
 BUNDLED = Path(worldline.__file__).parent / "bundled"
 MODEL, TOKENIZER = "Cosmos-Predict1-4B", "Cosmos-Tokenize1-DV8x16x16-720p"
@@ -129,7 +124,7 @@ def main(
     )
     train_tokenizer(clips, root / TOKENIZER, training, tokenizer_width)
     seconds = [time.perf_counter() - began]
-    command(
+    log = command(
         *("train", MODEL, "--checkpoint_dir", str(root), "--videos", str(folder / "clips")),
         *("--max_steps", str(steps), "--learning_rate", str(rate), "--device", device),
         *("--name", "overfit", "--", f"data.batch_size={CLIPS}", "trainer.logging_iter=20"),
@@ -142,8 +137,7 @@ def main(
         folder=folder,
     )
     seconds.append(time.perf_counter() - began - seconds[0])
-    [log] = (folder / "runs").rglob("log.jsonl")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    learned = losses(log)
     world = worldline.load(
         log.parent / f"iter_{steps:09}.pt",
         checkpoint_dir=str(root),
@@ -172,15 +166,11 @@ def main(
         "tokenizer_steps": tokenizer_steps,
         "steps": steps,
         "seconds": [round(each, 1) for each in seconds],
-        "losses": {line["step"]: line["loss"] for line in lines[:: max(1, len(lines) // 8)]},
-        "last_loss": lines[-1]["loss"],
+        "losses": thinned(learned),
+        "last_loss": [*learned.values()][-1],
         "psnr_db": {name: quartiles(values) for name, values in figures.items()},
     }
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    if sheet is not None:
-        frames, labels = zip(*rows, strict=True)
-        contact_sheet(frames, sheet, labels)
+    report(result, rows, output, sheet)
 
 
 if __name__ == "__main__":

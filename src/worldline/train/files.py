@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,21 +18,21 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint
 
 from worldline.files import remove, remove_stale, replacing
 from worldline.parallel.mesh import Axis
 from worldline.train.lora import Halves, save_diffusers, save_peft
 from worldline.train.sharding import fill
+from worldline.train.states import dcp, quiet
 from worldline.weights.keymap import KeyMap
 from worldline.weights.lora import ADAPTER_FILES
 from worldline.weights.trainings import MOMENTS, StoredState, TrainerState
 
 log = logging.getLogger(__name__)
 
-dcp: Any = checkpoint  # which does not declare what it exports
 _SETTINGS = "config.json"
 LATEST = "latest_checkpoint.txt"
+ADAPTER = "iter_{step:09}_adapter"  # folder of an adapter
 _STEP = re.compile(r"iter_(\d{9})")
 
 # kind, one of weights, average, exp_avg, exp_avg_sq -> whole tensors by our names, one at a time
@@ -134,7 +133,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """Folder of an adapter, `iter_{step}_adapter`, from which PEFT, diffusers and we read it.
+    """Folder ADAPTER, from which PEFT, diffusers and we read it.
 
     Attributes:
         kind: the weights, or their average.
@@ -155,7 +154,7 @@ class AdapterFolder:
         return 4 * copies * sum(counts[name] for pair in self.adapted.values() for name in pair)
 
     def names(self, step: int) -> list[str]:
-        return [f"iter_{step:09}_adapter"]
+        return [ADAPTER.format(step=step)]
 
     def gather(self, step: int, tensors: Tensors, writes: bool) -> Contents:
         wanted = {name for pair in self.adapted.values() for name in pair}
@@ -257,8 +256,7 @@ def _save(name: str, content: Any, path: Path) -> None:
     elif suffix:
         _pickle(content, path)
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        with quiet():
             dcp.save(content, checkpoint_id=path, no_dist=True)
 
 

@@ -164,7 +164,7 @@ class States:
             self._ranks.together(beside)  # for a failure of one is that of all
             if tensors is not None:
                 writer = dcp.FileSystemWriter(temporary, sync_files=True)
-                with _quiet():
+                with quiet():
                     dcp.save(tensors, storage_writer=writer, **_together(self._ranks))
                 if self._ranks.first:
                     (temporary / FACTS).write_text(facts)
@@ -231,7 +231,7 @@ class States:
                 f"the first is {different[0]}); choose another folder"
             )
         try:
-            with _quiet():
+            with quiet():
                 dcp.load(dict(tensors), storage_reader=reader, **_together(self.ranks))
         except CheckpointException as error:  # which holds what each process met
             raise CheckpointError(self._damaged(path, error)) from error
@@ -259,7 +259,8 @@ def _together(ranks: Axis) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without torch's warning that a distributed checkpoint is one process's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is asked for
         yield

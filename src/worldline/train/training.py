@@ -42,6 +42,7 @@ from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
 from worldline.train.experiment import Data, Experiment, differences
 from worldline.train.files import (
+    ADAPTER,
     LATEST,
     AdapterFolder,
     Checkpoints,
@@ -888,7 +889,7 @@ def _checkpoints(
         form = trainer.files, trainer.order, trainer.MOMENTS_DTYPE
         chosen.append(ReferenceFiles(*form, names, trained, settings, averaged))
     elif adapted:
-        latest = "iter_{step:09}_adapter"
+        latest = ADAPTER
     else:
         listed = [ModelFile(*each, names) for each in files.MODEL_FILES]  # type: ignore[call-arg]
         listed = [each for each in listed if averaged or each.kind != "average"]
