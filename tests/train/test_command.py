@@ -516,11 +516,12 @@ def test_stopped_runs_go_on_bit_for_bit(root: Path, videos: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of what torch itself imports
-def test_compiled_blocks(root: Path, videos: Path) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_blocks(root: Path, videos: Path, model: str) -> None:
     """Losses are those of plain ones, up to rounding."""
     losses = []
-    for name, compiled in (("plain", "false"), ("compiled", "true")):
-        line = words(AR, videos, f"trainer.compile={compiled}", "trainer.sample_iter=0", steps=3)
+    for name, compiled in (("plain", "off"), ("compiled", "on")):
+        line = words(model, videos, f"trainer.compile={compiled}", "trainer.sample_iter=0", steps=3)
         assert run("--name", name, *line) == 0
         log = (root / RUNS / name / "checkpoints" / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(one)["loss"] for one in log])

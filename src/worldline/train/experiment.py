@@ -187,7 +187,8 @@ class TrainerSettings(Section):
             in bf16, but for Predict1's diffusion models.
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
-        compile: whether blocks are compiled, by torch.compile, in the first step.
+        compile: whether blocks are compiled, by torch.compile, in the first step; auto on GPUs
+            where torch can and layers are not tensor parallel.
         logging_iter: steps between lines of the log.
         validation_iter, sample_iter: steps between held-out losses, and between videos of two clips
             beside the truth, held-out ones where there are any; 0 makes none.
@@ -200,7 +201,7 @@ class TrainerSettings(Section):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reference_state: bool = False
     activation_checkpointing: Switch = "auto"
-    compile: bool = False
+    compile: Switch = "auto"
     deterministic: bool = False
     logging_iter: Count = 10
     run_validation: bool = True

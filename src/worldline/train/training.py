@@ -136,6 +136,19 @@ class Training:
         return self.mesh.world.any(self.mesh.world.together(decide))
 
     @cached_property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled: as chosen, or where all processes can."""
+        chosen, world = self.experiment.trainer.compile, self.mesh.world
+        if chosen != "auto":
+            return chosen == "on"
+        if self.device.type != "cuda" or self.mesh.layout.tp > 1:
+            return False
+        reason = _no_compiler(self.device)
+        if reason:
+            log.warning("blocks are not compiled: torch cannot here (%s)", reason)
+        return not world.any(bool(reason))
+
+    @cached_property
     def video(self) -> VideoShape:
         """Size of a clip."""
         return _video(self.experiment, self.opened)
@@ -198,7 +211,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     training = Training(experiment, opened, clips, held_out, recipe, mesh, place)
     _check_adapters(training)
     world.once(partial(_check_state, training))
-    if experiment.trainer.compile:
+    if experiment.trainer.compile == "on":
         world.together(partial(_check_compiler, place))
     return training
 
@@ -489,12 +502,8 @@ def _recipe(experiment: Experiment, opened: Opened) -> Any:
         raise InputError("\n".join(lines)) from None
 
 
-def _check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch cannot: on a CPU it needs a C++ compiler, on a GPU Triton.
-
-    Raises:
-        InputError: it fails for the smallest function.
-    """
+def _no_compiler(device: torch.device) -> str:
+    """Why torch cannot compile: a CPU needs a C++ compiler, a GPU Triton; empty where it can."""
 
     def double(x: Tensor) -> Tensor:
         return 2 * x.sin()
@@ -502,10 +511,20 @@ def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(double)(torch.ones(2, device=device))
     except Exception as error:  # of many classes
-        reason = one_line(error)
+        return one_line(error)
+    return ""
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Refuse to compile where torch cannot.
+
+    Raises:
+        InputError: it fails for the smallest function.
+    """
+    if reason := _no_compiler(device):
         raise InputError(
-            f"trainer.compile is true, but torch cannot compile here ({reason}); leave it out"
-        ) from error
+            f"trainer.compile is on, but torch cannot compile here ({reason}); leave it out"
+        )
 
 
 def _check_parallel(opened: Opened, tp: int, count: int, lora: bool) -> None:
@@ -666,9 +685,9 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
             parameter.requires_grad_(name.endswith((".down", ".up")))
     for parameter in trainable(step).values():
         parameter.data = parameter.data.to(training.state)
-    blocks = step.BLOCKS
+    blocks, compiled = step.BLOCKS, training.compiled
     for block in model.get_submodule(blocks).children():
-        if training.experiment.trainer.compile:
+        if compiled:
             block.forward = torch.compile(block.forward, dynamic=False)
         if training.checkpointed:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

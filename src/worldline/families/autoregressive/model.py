@@ -224,7 +224,9 @@ class FeedForward(nn.Module):
         self.down = linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.split(FEED_FORWARD_ROWS, dim=-2)
+        # gradients need all rows at once in any case
+        most = x.shape[-2] if torch.is_grad_enabled() else FEED_FORWARD_ROWS
+        rows = x.split(most, dim=-2)
         return torch.cat([self.down(F.silu(self.gate(r)) * self.up(r)) for r in rows], dim=-2)
 
 
