@@ -56,11 +56,15 @@ class Sharded:
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients of all processes, float32, ()."""
-        squares = torch.zeros(2, device=next(self.module.parameters()).device)
+        gradients: tuple[list[Tensor], list[Tensor]] = [], []  # of whole parameters, of parts
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
-                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
-                squares[int(name in self.cut)] += norm.square()
+                gradients[name in self.cut].append(local(parameter.grad))
+        squares = torch.zeros(2, device=next(self.module.parameters()).device)
+        for square, each in zip(squares, gradients, strict=True):
+            if each:  # in few launches: a network has hundreds of parameters
+                norms = torch._foreach_norm(each, dtype=torch.float32)
+                square.copy_(torch.stack(norms).square().sum())
         whole, parts = squares[:1], squares[1:]
         torch.distributed.all_reduce(parts, group=self.mesh["tp"].get_group())
         total = whole + parts
