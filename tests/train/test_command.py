@@ -42,6 +42,7 @@ MODELS = (
 AR = "tiny-Cosmos-Predict1-4B"
 RUNS = "posttraining/worldline"
 MISPRINTED = "base_4b_example_tealrobotsmall_tp4"
+SMALL = ("data.num_frames=9", "data.video_size=[64,96]", "trainer.sample_iter=0")
 TWO = "parallel.tensor_model_parallel_size=2"
 
 
@@ -195,6 +196,61 @@ def test_a_run_becomes_longer(root: Path, videos: Path, capsys: pytest.CaptureFi
     assert run(*words(AR, videos, steps=2)) == 0
     log = (root / RUNS / AR / "checkpoints" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_finished_run(root: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends at once, and names what goes on; other captions are another run, by their files."""
+    clips = root.parent / "clips"
+    shutil.copytree(videos, clips)
+    line = ["--name", "x", *words(MODELS[1], clips, *SMALL, steps=1)]
+    assert run(*line) == 0
+    capsys.readouterr()
+    moved = clips.rename(root.parent / "moved")
+    line = [str(moved) if word == str(clips) else word for word in line]
+    settings = root / RUNS / "x" / "config.yaml"
+    settings.unlink()
+    assert run(*line) == 0
+    check_mentions(capsys.readouterr().out, f"{settings.parent}/checkpoints 1 --max_steps --name")
+    assert not settings.exists()
+    (moved / "metas" / "c1.txt").write_text("Clip one.")
+    assert run(*line) == 2
+    error = capsys.readouterr().err
+    check_mentions(error, "c1.mp4 another text job.name=OTHER")
+    assert "c0.mp4" not in error
+
+
+def test_captions_without_an_encoder(
+    root: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundled = locate(MODELS[1], ".").named
+    for name in (bundled.name, "Cosmos-Tokenize1-CV8x8x8-720p"):
+        shutil.copytree(bundled.parent / name, tmp_path / name)
+    line = [bundled.name, "--videos", str(videos), "--checkpoint_dir", str(tmp_path), "--name", "x"]
+    assert run(*line) == 2
+    check_mentions(capsys.readouterr().err, f"t5-11b {tmp_path} captions")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (["scheduler.warmup=1", "scheduler.kind=cosine"], "scheduler.warmup=1 max_iter=1 0"),
+        (["scheduler.top=0", "scheduler.start=0"], "rate 0"),
+        (["scheduler.warmup=7"], "scheduler.warmup 7 1"),
+        ([], ""),
+    ],
+)
+def test_notes_of_a_dry_run(
+    root: Path, videos: Path, capsys: pytest.CaptureFixture[str], keys: list[str], named: str
+) -> None:
+    """Rates that stay at 0 or below the peak, and captions that the encoder cuts, by the first."""
+    line = words(MODELS[1], videos, *SMALL, *keys, steps=1)
+    assert run("--dry_run", *line) == 0
+    error = capsys.readouterr().err
+    assert error.count("warning") == bool(named)
+    check_mentions(error, named)
+    assert run("--dry_run", "--caption", "long " * 999, *line) == 0
+    check_mentions(capsys.readouterr().err, "3 of 3 captions c0.mp4")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections import deque
@@ -29,7 +30,7 @@ from worldline.train.data.clips import Cache, Clips, Window, open_clips
 from worldline.train.data.frames import Transform, to_signed
 from worldline.train.data.loader import Loader
 from worldline.train.data.texts import Texts
-from worldline.train.data.videos import list_videos, measure
+from worldline.train.data.videos import ends_digest, list_videos, measure
 from worldline.video.read import read_video
 from worldline.video.write import write_video
 
@@ -270,6 +271,63 @@ def test_embeddings(tmp_path: Path) -> None:
     (tmp_path / "videos" / "c.mp4").unlink()
     with pytest.raises(InputError, match=r"a\.pickle.*\(3, 8\).*16"):
         opened(tmp_path, texts=Texts(source="embeddings", width=16))
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "a\ud800"])
+def test_captions_that_are_no_text(folder: Path, bad: str) -> None:
+    """Bytes of something else, and halves of characters that JSON can spell, are named."""
+    rows = [{"file": name, "caption": "a ball"} for name in ("a.mp4", "b.mkv")]
+    rows.append({"file": "c.mp4", "caption": bad})
+    lines = folder / "all.jsonl"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"1 of 3 videos .*c\.mp4"):
+        opened(folder, texts=Texts(source=lines))
+    clips = opened(folder, texts=Texts(source=lines, empty=True))
+    assert [clips[i]["ai_caption"] for i in (0, 5, 13)] == ["a ball", "a ball", ""]
+
+
+def test_what_other_clips_differ_in(folder: Path, tmp_path: Path) -> None:
+    """Contents count: a copy elsewhere is the same, another video of equal length is not."""
+
+    def captioned(place: Path) -> Clips:
+        return opened(place, texts=Texts())
+
+    (folder / "metas").mkdir()
+    for stem in "abcd":
+        (folder / "metas" / f"{stem}.txt").write_text(f"text {stem}")
+    before = captioned(folder)
+    stored = json.loads(json.dumps(before.contents))
+    copy = tmp_path / "moved"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+    assert captioned(copy).changes(stored) == []
+    (copy / "metas" / "b.txt").write_text("text d")
+    data = bytearray((copy / "c.mp4").read_bytes())
+    data[-1] ^= 1  # of an index
+    (copy / "c.mp4").write_bytes(data)
+    (copy / "a.mp4").rename(copy / "d.mp4")
+    after = captioned(copy)
+    assert after.changes(stored) == [
+        *("a.mp4 is absent", "b.mkv has another text", "c.mp4 is another video", "d.mp4 is new")
+    ]
+    assert opened(folder).contents["a.mp4"] == [stored["a.mp4"][0], ""]
+
+
+@pytest.mark.parametrize("size", [5, 1 << 16, 200_000])
+def test_the_hash_of_ends(tmp_path: Path, size: int) -> None:
+    path, whole = tmp_path / "x", random.Random(size).randbytes(size)
+
+    def digest(data: bytes) -> str:
+        path.write_bytes(data)
+        return ends_digest(path)
+
+    digests = [
+        digest(whole),
+        digest(whole[:-1]),
+        digest(b"-" + whole[1:]),
+        digest(whole[:-1] + b"-"),
+    ]
+    assert len({*digests}) == 4
+    assert digest(whole) == digests[0]
 
 
 # cache

@@ -94,6 +94,12 @@ def train(
     from worldline.train.training import train as run
 
     training = prepare(experiment, device, str(models))
+    if training.done >= experiment.trainer.max_iter and not dry_run:
+        results.add(
+            f"{training.folder}: the run is finished, {_steps(training.done)}; a larger "
+            "--max_steps (trainer.max_iter) makes it longer, another --name (job.name) begins anew"
+        )
+        return
     for line in training.describe():
         logger.info("%s", line)
     if dry_run:
@@ -104,9 +110,13 @@ def train(
         return
     with _stops() as stopping:
         done = run(training, stopping, bar=sys.stderr.isatty() and not results.quiet)
-    results.add(f"{training.folder}: {done:,} step{'s' if done > 1 else ''}")
+    results.add(f"{training.folder}: {_steps(done)}")
     if done < experiment.trainer.max_iter:
         raise KeyboardInterrupt
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' if count > 1 else ''}"
 
 
 def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experiment:
@@ -125,8 +135,9 @@ def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experi
     stated = _sections(short)
     if names:
         if stated:
-            given = ", ".join(f"--{name}" for name in short)
-            raise InputError(f"{given}: an experiment has keys for it; write -- KEY=VALUE")
+            flags = ", ".join(f"--{name}" for name in short)
+            keys = ", ".join(f"{_KEYS.get(name, 'lora.rank')}=VALUE" for name in short)
+            raise InputError(f"{flags}: of an experiment these are keys; write {keys} behind --")
         return experiments.read(names[0], overrides)
     typed = {_KEYS[name]: f"--{name}" for name in short if name in _KEYS}
     return _of_model(models[0], stated, typed, overrides, folder)

@@ -26,7 +26,7 @@ from pydantic import (
 from worldline.documents import read_text
 from worldline.errors import InputError, brief, did_you_mean, strerror
 from worldline.files import LONGEST_NAME, file_name
-from worldline.request import Positive, Share
+from worldline.request import Positive, Share, Text
 from worldline.yaml_documents import parse_yaml
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -127,7 +127,7 @@ class Data(Section):
     video_size: Annotated[tuple[Count, Count] | None, BeforeValidator(_sides)] = None
     fit: Literal["crop", "stretch"] = "crop"
     one_per_video: bool = False
-    caption: str | None = None
+    caption: Text | None = None
     batch_size: Count = 1
     num_workers: Times = 2
     cache_dir: str | None = None
@@ -336,7 +336,8 @@ def short_form(
 ) -> Experiment:
     """An experiment of a family's defaults, whose clips have the model's size.
 
-    The learning rate rises for a twentieth of the run at most, unless its rise is stated.
+    The learning rate rises for a twentieth of the run at most, unless its rise is stated; its first
+    step has a rate of nothing, so that shorter runs have no rise.
 
     Args:
         family: name of it.
@@ -354,7 +355,7 @@ def short_form(
     if any(our_key(word.partition("=")[0]) == "scheduler.warmup" for word in overrides):
         return experiment
     scheduler = experiment.scheduler
-    rise = min(scheduler.warmup, max(1, experiment.trainer.max_iter // 20))
+    rise = min(scheduler.warmup, experiment.trainer.max_iter // 20)
     shorter = scheduler.model_copy(update={"warmup": rise})
     return experiment.model_copy(update={"scheduler": shorter})
 
@@ -497,6 +498,8 @@ def _problem(error: Any, typed: Mapping[str, str]) -> str:
         advice = "one more value belongs to it"
     elif kind == "too_long":
         advice = f"{most} values belong to it"
+    elif kind == "string_unicode":
+        advice = "it is no valid Unicode"
     elif kind in ("tuple_type", "list_type"):
         advice = "give values in brackets, such as [a,b]"
     elif kind in ("dict_type", "model_type", "model_attributes_type"):

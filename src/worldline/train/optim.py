@@ -70,6 +70,8 @@ class Linear:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             factor = self.start + (self.top - self.start) * step / self.warmup
+        elif step >= self.cycle:
+            factor = self.end
         else:
             share = (self.cycle - step) / (self.cycle - self.warmup)
             factor = self.end + (self.top - self.end) * share

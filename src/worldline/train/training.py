@@ -112,6 +112,11 @@ class Training:
         return self.experiment.folder / "checkpoints"
 
     @property
+    def done(self) -> int:
+        """Steps of the newest state, from which it goes on."""
+        return max(States(self.folder).steps(), default=0)
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.experiment.trainer.precision)
         return dtype
@@ -162,12 +167,16 @@ class Training:
         experiment, layout = self.experiment, self.mesh.layout
         millions = self.network.num_parameters / 1e6
         yield f"{self.opened.name}: {millions:,.1f} million parameters"
+        does = "is trained further" if experiment.lora.rank else "is merged into what is trained"
+        for adapter in self.network.adapters:
+            yield f"{adapter.path}: the adapter in it {does}"
         yield f"{experiment.data.dataset_dir}: {self.clips}"
         if self.held_out is not None:
             yield f"{experiment.data.validation_dir}: {self.held_out}, held out"
         batch = experiment.data.batch_size * layout.dp * experiment.trainer.grad_accum_iter
         clips = f"{batch} clip{'s' if batch > 1 else ''} of {_words(self.video)}"
-        yield f"{clips} a step, {experiment.trainer.max_iter:,} steps"
+        steps = experiment.trainer.max_iter
+        yield f"{clips} a step, {steps:,} step{'s' if steps > 1 else ''}"
         if layout.count > 1:
             yield f"{layout.count} processes: {layout}"
         again = self.checkpointed
@@ -211,6 +220,8 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     training = Training(experiment, opened, clips, held_out, recipe, mesh, place)
     _check_adapters(training)
     world.once(partial(_check_state, training))
+    world.once(partial(_check_captions, opened, clips))
+    _check_rate(experiment)
     if experiment.trainer.compile == "on":
         world.together(partial(_check_compiler, place))
     return training
@@ -344,6 +355,7 @@ def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
         torch.use_deterministic_algorithms(True)
     board = Boards(world.together(lambda: [*open_boards(experiment)] if world.first else []))
     step, sharded, files = _module(training)
+    identity = world.together(lambda: _identity(training) if world.first else {})
     data = _Batches(training, step)
     watch, every = data.watch, experiment.trainer.validation_iter
     samples = Samples(
@@ -363,7 +375,7 @@ def _train(training: Training, stopping: Callable[[], bool], bar: bool) -> int:
         watch_every=every or 1,
         sample=samples.make if experiment.trainer.sample_iter else None,
         sample_every=experiment.trainer.sample_iter or 1,
-        position=lambda: {"data": data.loader.state(), **_identity(training)},
+        position=lambda: {"data": data.loader.state(), **identity},
         restore=partial(_restore, training, data.loader),
         named=data.named,
         speed=partial(_speed, training),
@@ -449,18 +461,23 @@ def _check_state(training: Training) -> None:
                 f"{training.folder} holds states of an adapter of other weights than those of "
                 f"{training.network.path}; set checkpoint.load_path back, or give job.name=OTHER"
             )
-        if position["data"]["data"] != training.clips.fingerprint:
+        clips = training.clips
+        changes = clips.changes(position.get("clips", clips.contents))
+        if changes or position["data"]["data"] != clips.fingerprint:
+            more = [f"and {len(changes) - 3:,} more"] if len(changes) > 3 else []
+            named = f" ({', '.join([*changes[:3], *more])})" if changes else ""
             raise InputError(
                 f"{training.folder} holds states of a run on other clips than those of "
-                f"{training.experiment.data.dataset_dir}; give these back, or job.name=OTHER"
+                f"{training.experiment.data.dataset_dir}{named}; give these back, or job.name=OTHER"
             )
 
 
 def _identity(training: Training) -> dict[str, Any]:
-    """What a state is of: an experiment and, of an adapter, weights that no state has."""
+    """What a state is of: an experiment, clips and, of an adapter, weights that no state has."""
     files = training.network.source.files if training.experiment.lora.rank else ()
     base = [digest(path, sampled=True) for path in files]
-    return {"experiment": training.experiment.to_json(), "base": base}
+    experiment, clips = training.experiment.to_json(), training.clips.contents
+    return {"experiment": experiment, "base": base, "clips": clips}
 
 
 def _same(training: Training, before: Mapping[str, Any]) -> None:
@@ -618,6 +635,46 @@ def _clips(
     return open_clips(folder, window, transform, texts=texts, cache=cache, ranks=world)
 
 
+def _check_captions(opened: Opened, clips: Clips) -> None:
+    """Note the captions of which the text encoder does not read the end.
+
+    Raises:
+        CheckpointError: there is no encoder, or its tokenizer cannot be read.
+    """
+    captions = {v.path.name: clips.text.get(v.path) for v in clips.videos}
+    texts = {text for text in captions.values() if isinstance(text, str)}
+    if not texts:
+        return
+    if "text" not in opened.parts:
+        reason = opened.missing.get("text", f"{opened.name} has no text encoder")
+        raise CheckpointError(f"{reason}; captions need it: download it")
+    encoder = opened["text"]
+    long = {text for text in texts if len(encoder.tokenizer.encode(text)) > encoder.max_length}
+    if names := [name for name, text in captions.items() if text in long]:
+        log.warning(
+            "%d of %d captions have more than %d tokens, and their ends are not read, such as "
+            "that of %s",
+            *(len(names), len(captions), encoder.max_length, names[0]),
+        )
+
+
+def _check_rate(experiment: Experiment) -> None:
+    """Warn of a learning rate that does not reach its peak, or that is 0 in all steps."""
+    steps, rise, rate = experiment.trainer.max_iter, experiment.scheduler.warmup, _rate(experiment)
+    if not any(map(rate, (0, min(rise, steps - 1), steps - 1))):  # between zeros it is 0
+        log.warning(
+            "the learning rate of all steps is 0 with scheduler.warmup=%d and trainer.max_iter=%d; "
+            "nothing is learnt",
+            *(rise, steps),
+        )
+    elif rise > steps:
+        log.warning(
+            "scheduler.warmup is %d, more than the run's %d steps: the learning rate never reaches "
+            "%g",
+            *(rise, steps, experiment.optimizer.lr),
+        )
+
+
 def _rate(experiment: Experiment) -> Cosine | Linear:
     settings, peak = experiment.scheduler, experiment.optimizer.lr
     if settings.kind == "cosine":
@@ -635,14 +692,6 @@ def _rate(experiment: Experiment) -> Cosine | Linear:
 
 def _loop(experiment: Experiment) -> LoopConfig:
     trainer, optimizer, files = experiment.trainer, experiment.optimizer, experiment.checkpoint
-    if experiment.scheduler.warmup > trainer.max_iter:
-        log.warning(
-            "scheduler.warmup is %d, more than the run's %d steps: the learning rate never reaches "
-            "%g",
-            experiment.scheduler.warmup,
-            trainer.max_iter,
-            optimizer.lr,
-        )
     return LoopConfig(
         steps=trainer.max_iter,
         rate=_rate(experiment),

@@ -26,7 +26,7 @@ from worldline.parallel.mesh import ALONE, Axis
 from worldline.text.encoder import EmbeddingCache
 from worldline.train.data.frames import Transform, to_signed
 from worldline.train.data.texts import Text, Texts
-from worldline.train.data.videos import MOST_NAMED, Video, list_videos, measure
+from worldline.train.data.videos import MOST_NAMED, Video, ends_digest, list_videos, measure
 from worldline.video.read import read_frames
 
 log = logging.getLogger(__name__)
@@ -138,6 +138,29 @@ class Clips(Dataset[Item]):
         """Hash of the names and lengths of all samples, whatever folder they lie in."""
         names = [(video.path.name, video.frames) for video in self.videos]
         return hashlib.sha256(json.dumps([names, asdict(self.window)]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def contents(self) -> dict[str, list[str]]:
+        """Name of each video -> hash of the file and of its text, "" without one."""
+        return {v.path.name: [v.digest, self._text_digest(v.path)] for v in self.videos}
+
+    def _text_digest(self, video: Path) -> str:
+        text = self.text.get(video, "")
+        if isinstance(text, Path):
+            return ends_digest(text)
+        return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+
+    def changes(self, before: Mapping[str, Sequence[str]]) -> list[str]:
+        """Files in which other clips, of such `contents`, differ from these, and how, in words."""
+        now, lines = self.contents, list[str]()
+        for name in sorted({*before, *now}):
+            if name not in now or name not in before:
+                lines.append(f"{name} is {'absent' if name in before else 'new'}")
+            elif before[name][0] != now[name][0]:
+                lines.append(f"{name} is another video")
+            elif before[name][1] != now[name][1]:
+                lines.append(f"{name} has another text")
+        return lines
 
     def __getitem__(self, index: int) -> Item:
         return self.items([index])[0]

@@ -1,6 +1,7 @@
 """Captions of videos, and embeddings in place of them, in the layouts of the released trainers."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any, TypeAlias
 import torch
 
 from worldline.documents import parse_json, read_entries, read_text
-from worldline.errors import InputError, strerror
+from worldline.errors import InputError, brief, strerror
 from worldline.text.embeddings import PROMPT, read_embedding_file, read_embeddings
 
 log = logging.getLogger(__name__)
 
 Text: TypeAlias = str | Path  # a caption, or the file of an embedding
 
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # characters of bytes that are none
 _FILE_FIELDS, _CAPTION_FIELDS = ("file", "video", "file_name"), ("caption", "prompt", "text")
 
 
@@ -69,9 +71,12 @@ class Texts:
                 try:
                     found[video] = read(folder / name.format(video.stem))
                 except (OSError, ValueError) as error:
-                    problems[video] = strerror(error).lower()
+                    problems[video] = strerror(error)
         else:
             found |= _read_lines(Path(source), videos)
+        for video, text in [*found.items()]:
+            if isinstance(text, str) and _NO_TEXT.search(text):
+                problems[video] = f"it is no text, but {brief(found.pop(video), 40)}"
         missing = [f"{v.name}: {problems.get(v, 'none')}" for v in videos if not found.get(v)]
         if missing:
             number = f"{len(missing)} of {len(videos)} videos"
