@@ -113,6 +113,7 @@ def locate(
     hint = advice(Path(name).name)
     if not hint and any(each.name.startswith(f"{name.split('/')[0]}/") for each in FLOW_MODELS):
         hint = f"; released models are {', '.join(each.name for each in FLOW_MODELS)}"
+    hint = hint or "; `worldline models` lists those that can be downloaded"
     folders = sorted(path.name for path in checkpoint_dir.glob("*") if path.is_dir())
     raise CheckpointError(
         f"no folder or file {checkpoint_dir / name}; {checkpoint_dir} "

@@ -25,7 +25,7 @@ from worldline.train.files import Checkpoints
 from worldline.train.loop import LoopConfig, Objective, Run
 from worldline.train.lora import add_adapters
 from worldline.train.optim import Power
-from worldline.train.training import _checkpoints
+from worldline.train.training import _checkpoints, order_of
 from worldline.weights.archive import everything, open_pickled
 from worldline.weights.checkpoint import FileTensor, open_checkpoint, sharded_axes
 from worldline.weights.trainings import StoredState, open_state
@@ -277,7 +277,7 @@ def restored(
     files: Checkpoints, training: Any, source: Path, run: Run, kinds: tuple[str, ...] = ()
 ) -> tuple[StoredState, int]:
     """The trainer's state, and the step after a run has taken it, or some kinds of it."""
-    order = training.part("trainer").order
+    order = order_of(training.part("trainer"))
     names = sorted(map(files.tensors.released, run.parameters), key=order)
     stored = open_state(source, names)
     state = {key: each for key, each in run.state().items() if key.split("/")[0] in kinds}

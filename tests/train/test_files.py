@@ -26,7 +26,7 @@ from worldline.shapes import LatentShape
 from worldline.train.experiment import Experiment
 from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles
 from worldline.train.optim import make_optimizer
-from worldline.train.training import _checkpoints
+from worldline.train.training import _checkpoints, order_of
 from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.trainings import open_state, steps_of
 
@@ -58,7 +58,7 @@ def checkpoints(
         rates = {"lr": 0.5, "initial_lr": 1.0, "betas": (0.9, 0.99)}
         return {"optimizer": rates, "adapter": adapter}
 
-    kinds = trainer.files, trainer.order, trainer.MOMENTS_DTYPE
+    kinds = trainer.files, order_of(trainer), trainer.MOMENTS_DTYPE
     forms: list[Any] = [ReferenceFiles(*kinds, names, ("a",), settings, True)]
     if form != "reference":
         forms = [ModelFile(*each, names) for each in objective.MODEL_FILES]  # type: ignore[call-arg]
@@ -188,6 +188,32 @@ def test_shards_hold_their_parts(tmp_path: Path) -> None:
     assert torch.equal(state["exp_avg/a"], next(tensors("exp_avg"))[1])
     files.remove(5)
     assert not [*tmp_path.glob("iter*")]
+
+
+@pytest.mark.parametrize("form", ["worldline", "reference"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_of_more_processes_go(tmp_path: Path, form: str, count: int) -> None:
+    """A run on fewer saves a step again, and removes others: no part of before stays among them."""
+
+    def write(step: int, count: int) -> Checkpoints:
+        for rank in reversed(range(count)):
+            files: Checkpoints = checkpoints(
+                tmp_path, "autoregressive", Axis(rank, count), form=form
+            )
+            files.tensors.cut.clear()  # type: ignore[attr-defined]
+            files.gather(step, tensors, True)()
+        return files
+
+    for step in (5, 6):
+        write(step, 3)
+    files = write(5, count)
+    left = {path.name for path in tmp_path.glob("iter_000000005*")}
+    parts = {name for name in left if "_mp_" in name}
+    kinds = ("model", "optim", "scheduler") if form == "reference" else ("model",)
+    ranks = range(count) if count > 1 else ()
+    assert parts == {f"iter_000000005_{kind}_mp_{n}.pt" for kind in kinds for n in ranks}
+    files.remove(6)
+    assert {path.name for path in tmp_path.glob("iter_*")} == left
 
 
 def test_a_training_of_fewer_parameters_does_not_go_on(tmp_path: Path) -> None:

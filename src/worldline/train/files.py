@@ -34,6 +34,7 @@ _SETTINGS = "config.json"
 LATEST = "latest_checkpoint.txt"
 ADAPTER = "iter_{step:09}_adapter"  # folder of an adapter
 _STEP = re.compile(r"iter_(\d{9})")
+_PART = re.compile(r"_mp_(\d+)\.pt$")  # of processes that share layers
 
 # kind, one of weights, average, exp_avg, exp_avg_sq -> whole tensors by our names, one at a time
 Tensors = Callable[[str], Iterator[tuple[str, Tensor]]]
@@ -293,12 +294,15 @@ class Checkpoints:
         contents: Contents = {}
         for form in self.forms:
             contents |= form.gather(step, tensors, writes)
-
-        if contents and self.tensors.tp.first:
+        tp = self.tensors.tp
+        if contents and tp.first:
             parents = {Path(name).parent for name in contents}
             contents |= {str(each / _SETTINGS): self._describe for each in parents}
 
         def write() -> None:
+            if contents and tp.first:
+                for path in self._parts(step, tp.count if tp.count > 1 else 0):
+                    remove(path)
             for name, save in contents.items():
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -326,6 +330,14 @@ class Checkpoints:
                 own = path.parent
                 if own != self.folder and {*own.glob("*")} <= {own / _SETTINGS}:
                     remove(own)
+        for path in self._parts(step):
+            remove(path)
+
+    def _parts(self, step: int, first: int = 0) -> Iterator[Path]:
+        """Files of a step by ranks from the `first` on, of which a run may have had more."""
+        for path in self.folder.glob(f"iter_{step:09}_*.pt"):
+            if (part := _PART.search(path.name)) and int(part[1]) >= first:
+                yield path
 
     def sweep(self, state: int | None) -> None:
         """Remove what a save that was killed left: temporaries, and files whose state is not whole.

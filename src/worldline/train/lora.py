@@ -59,6 +59,12 @@ class LowRankLinear(nn.Module):
         return y + self.scale * added
 
 
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Name of a matrix -> the layer whose it is."""
+    layers = module.named_modules()
+    return {f"{name}{_WEIGHT}": each for name, each in layers if isinstance(each, nn.Linear)}
+
+
 def add_adapters(
     module: nn.Module, recipe: LoRARecipe, generator: torch.Generator
 ) -> dict[str, LowRankLinear]:
@@ -76,11 +82,7 @@ def add_adapters(
         ValueError: a pattern matches no linear layer.
     """
     module.requires_grad_(False)
-    linear = {
-        f"{name}{_WEIGHT}": layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-    }
+    linear = linear_layers(module)
     for pattern in recipe.targets:
         if not any(matches(name, [pattern]) for name in linear):
             raise ValueError(f"no linear layer has a name like {pattern}")

@@ -52,7 +52,7 @@ from worldline.train.files import (
     ReferenceFiles,
 )
 from worldline.train.loop import LoopConfig, Objective, Run, generator
-from worldline.train.lora import adapted_name, add_adapters, check_adapter, restore
+from worldline.train.lora import adapted_name, add_adapters, check_adapter, linear_layers, restore
 from worldline.train.memory import Sizes, TrainingMemory, choose_checkpointing, plan_memory
 from worldline.train.optim import Cosine, Linear, Power, trainable
 from worldline.train.samples import Samples
@@ -400,12 +400,18 @@ def _begin(
     Raises:
         CheckpointError: it is another model's, or lacks files.
     """
-    names = sorted(map(files.tensors.released, trained), key=training.part("trainer").order)
+    names = sorted(map(files.tensors.released, trained), key=order_of(training.part("trainer")))
     stored = open_state(training.network.source.files[0], names)
     step = files.restore(stored, state)
     if training.mesh.world.first:
         log.info("%s: going on from step %d; its clips begin anew", stored.path, step)
     return step
+
+
+def order_of(trainer: Any) -> Callable[[str], Any]:
+    """Key that sorts released names as a trainer numbers them: the network's order by default."""
+    key: Callable[[str], Any] = getattr(trainer, "order", lambda name: ())
+    return key
 
 
 def _speed(training: Training, steps: float) -> dict[str, float]:
@@ -763,11 +769,9 @@ def _lora(training: Training) -> LoRARecipe:
     chosen = replace(recipe, rank=settings.rank, scale=settings.scale)
     if not settings.targets:
         return chosen
-    released = {
-        name: f".{network.keys.released(name).removesuffix('.weight')}."
-        for name, shape in shapes_of(network.kind, network.config).items()
-        if len(shape) == 2
-    }
+    with torch.device("meta"):
+        layers = linear_layers(network.kind(network.config))
+    released = {name: f".{network.keys.released(name).removesuffix('.weight')}." for name in layers}
     matched: dict[str, list[str]] = {
         target: [name for name, theirs in released.items() if f".{target}." in theirs]
         for target in settings.targets
@@ -776,7 +780,7 @@ def _lora(training: Training) -> LoRARecipe:
         if not names:
             known = sorted({theirs.split(".")[-2] for theirs in released.values()})
             raise InputError(
-                f"lora.targets: no layer of {training.opened.name} is named {target}; layers end "
+                f"lora.targets: no linear layer of {training.opened.name} is {target}; they end "
                 f"with {', '.join(known[:20])}"
             )
     return replace(chosen, targets=tuple(name for names in matched.values() for name in names))
@@ -954,7 +958,7 @@ def _checkpoints(
     if experiment.checkpoint.format == "reference":
         trained = tuple(name for name, each in step.named_parameters() if each.requires_grad)
         settings = partial(_settings, experiment, bool(adapted))
-        form = trainer.files, trainer.order, trainer.MOMENTS_DTYPE
+        form = trainer.files, order_of(trainer), trainer.MOMENTS_DTYPE
         chosen.append(ReferenceFiles(*form, names, trained, settings, averaged))
     elif adapted:
         latest = ADAPTER

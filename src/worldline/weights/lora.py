@@ -255,7 +255,10 @@ def read_adapter(
     ]
     if not halves:
         first = ", ".join(sorted(entries)[:_MOST_NAMES])
-        raise CheckpointError(f"{source.path}: it holds no LoRA adapter (tensors {first})")
+        raise CheckpointError(
+            f"{source.path}: it holds no LoRA adapter (tensors {first}); whole weights are given "
+            "as the model"
+        )
     if not any(half.ours for half in halves):
         first = ", ".join(half.name for half in halves[:_MOST_NAMES])
         raise CheckpointError(

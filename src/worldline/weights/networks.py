@@ -539,7 +539,8 @@ def open_adapter(path: Path) -> Checkpoint:
     """
     from worldline.weights.lora import ADAPTER_FILES, SIGNATURE
 
-    return open_set(weights_file(path, SIGNATURE, ADAPTER_FILES, "LoRA adapter"))
+    kind = "LoRA adapter, neither PEFT's nor diffusers' nor that of a run, iter_N_adapter/"
+    return open_set(weights_file(path, SIGNATURE, ADAPTER_FILES, kind))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -16,11 +16,6 @@ MOMENTS_DTYPE = torch.float32
 STATE = torch.float32  # the weights that compute are a copy, rounded
 
 
-def order(name: str) -> tuple[int, ...]:
-    """Place of a released name among those that the optimizer numbers: the network's."""
-    return ()
-
-
 def files(state: TrainerState) -> dict[str, Any]:
     """Names and contents of the files of a step."""
     moments = {name: dict(zip(MOMENTS, pair, strict=True)) for name, pair in state.moments.items()}

@@ -136,20 +136,21 @@ def check(opened: Opened, request: FlowRequest) -> FlowRequest:
 
 
 def notes(opened: Opened, request: FlowRequest) -> list[str]:
-    """What a request has that the released models were not trained on."""
+    """What a request has that the released models, or this one by its settings, do not know."""
     frames, height, width = astuple(window_shape(opened, request))
     sizes = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
+    own = opened.defaults.get  # of a training of one's own, the size of its clips
     usual = (
         (
-            frames in (1, TRAINED_FRAMES),
+            frames in (1, TRAINED_FRAMES, own("num_video_frames")),
             f"{frames} frames at once; the models were trained on {TRAINED_FRAMES}",
         ),
         (
-            (height, width) in TRAINED_SIZES,
+            (height, width) in (*TRAINED_SIZES, (own("height"), own("width"))),
             f"{height} x {width} pixels; the models were trained on {sizes}",
         ),
         (
-            request.fps == TRAINED_FPS,
+            request.fps in (TRAINED_FPS, own("fps")),
             f"fps is {request.fps:g}; the models move at {TRAINED_FPS} all the same",
         ),
     )

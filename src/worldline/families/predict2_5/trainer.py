@@ -16,11 +16,6 @@ STATE = torch.bfloat16  # of weights and moments while it trains
 _NETWORK = "net."
 
 
-def order(name: str) -> tuple[int, ...]:
-    """Place of a released name among those that the optimizer numbers, which it does not."""
-    return ()
-
-
 def files(state: TrainerState) -> dict[str, Any]:
     """Names and contents of the folders of a step."""
     whole = torch.zeros((), dtype=torch.int64)
