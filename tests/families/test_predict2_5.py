@@ -217,6 +217,8 @@ def test_defaults_and_notes(post: Parts) -> None:
     notes = " ".join(family.notes(opened, checked(opened, fps=24)))
     for words in ("9 frames at once", "32 x 48", "fps is 24"):
         assert words in notes
+    own = {"num_video_frames": 9, "height": 32, "width": 48, "fps": 24}  # of its own training
+    assert family.notes(replace(opened, defaults=own), checked(opened, fps=24)) == []
 
 
 def test_fields_without_effect(post: Parts) -> None:

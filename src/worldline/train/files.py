@@ -26,12 +26,12 @@ from worldline.train.sharding import fill
 from worldline.train.states import dcp, quiet
 from worldline.weights.keymap import KeyMap
 from worldline.weights.lora import ADAPTER_FILES
+from worldline.weights.networks import LATEST
 from worldline.weights.trainings import MOMENTS, StoredState, TrainerState
 
 log = logging.getLogger(__name__)
 
 _SETTINGS = "config.json"
-LATEST = "latest_checkpoint.txt"
 ADAPTER = "iter_{step:09}_adapter"  # folder of an adapter
 _STEP = re.compile(r"iter_(\d{9})")
 _PART = re.compile(r"_mp_(\d+)\.pt$")  # of processes that share layers

@@ -43,7 +43,6 @@ from worldline.train.data.texts import Texts
 from worldline.train.experiment import Data, Experiment, differences
 from worldline.train.files import (
     ADAPTER,
-    LATEST,
     AdapterFolder,
     Checkpoints,
     Form,
@@ -61,7 +60,7 @@ from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe, matches
 from worldline.weights.lora import ADAPTER_FILES
-from worldline.weights.networks import Network, shapes_of
+from worldline.weights.networks import LATEST, Network, shapes_of
 from worldline.weights.trainings import open_state, steps_of
 
 log = logging.getLogger(__name__)

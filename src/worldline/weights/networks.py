@@ -64,7 +64,7 @@ _HASHED = "*_ema_bf16.pt"
 _TRAINING = re.compile(r"iter_(\d+)(?:_((?:ema_|reg_)?model|model_mp_0))?\.pt")
 _KINDS = ("", "model_mp_0", "model", "reg_model", "ema_model")  # of one iteration, the best last
 _MOST_FOLDERS = 100_000  # of a level that are looked at; below / there are more
-_LATEST = "latest_checkpoint.txt"
+LATEST = "latest_checkpoint.txt"
 TRAINING_STATE = ("optim", "optimizer", "scheduler", "trainer", "dataloader")  # folders
 
 _PROMPT = "a prompt to be checked"  # is in no conversation
@@ -380,14 +380,14 @@ def training_files(folder: Path, iteration: int | None = None) -> list[str]:
 def _latest(folder: Path) -> int | None:
     """Iteration that a training run names as its last whole one."""
     with suppress(OSError, ValueError):
-        if match := re.match(r"iter_(\d+)(\.pt)?\s*$", (folder / _LATEST).read_text()):
+        if match := re.match(r"iter_(\d+)(\.pt)?\s*$", (folder / LATEST).read_text()):
             return int(match[1])
     return None
 
 
 def _missing(folder: Path, number: int | None) -> CheckpointError:
     return CheckpointError(
-        f"{folder / _LATEST} names iteration {number}, of which there are no weights; name a file"
+        f"{folder / LATEST} names iteration {number}, of which there are no weights; name a file"
     )
 
 

@@ -33,6 +33,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _STATE = re.compile(r"(?:optimizer\.)?state\.(.+)\.(exp_avg|exp_avg_sq|step)")
 _STEP = re.compile(r"(?:optimizer\.)?param_groups\.0\.step")  # of FusedAdam
 _RANK = re.compile(r"_mp_(\d+)\.pt$")
+# before the names of weights and of their averages, where one file holds both
+NETWORK, AVERAGE = "net.", "net_ema."
 # of networks that PEFT wraps, in names that only the optimizer has
 WRAPPED = "base_model.model."
 
@@ -233,9 +235,10 @@ def _keys(path: Path, name: str, trained: Sequence[str]) -> list[tuple[str, str]
     if path.name.endswith("_ema_model.pt"):
         return [("average", name)]
     outer, _, inner = name.partition(".")
-    if outer in ("ema", "net_ema"):
-        plain = with_dots(inner)
-        return [("average", plain if outer == "ema" else f"net.{plain}")]
+    if name.startswith(AVERAGE):
+        return [("average", f"{NETWORK}{with_dots(inner)}")]
+    if outer == "ema":
+        return [("average", with_dots(inner))]
     # a dict of weights inside the file, or names that begin so
     nested = [("weights", inner)] if outer == "model" else []
     return [*nested, ("weights", name)]
