@@ -353,8 +353,19 @@ def test_an_adapter_goes_on_with_its_own_settings(
     stated = {"model": AR, "checkpoint": {"load_path": str(tmp_path / "mine")}}
     stated |= {"data": {"dataset_dir": str(videos)}, "lora": {"rank": 3}}
     experiment = short_form("autoregressive", stated, ["job.name=x", *keys])
-    if named is None:
-        assert prepare(experiment, "cpu", str(bundled.parent)).network.adapters
+    if named is None:  # merged where all weights are trained; lines of the run name it
+        whole = experiment.model_copy(
+            update={"lora": experiment.lora.model_copy(update={"rank": 0})}
+        )
+        counts = []
+        for each in (experiment, whole):
+            training = prepare(each, "cpu", str(bundled.parent))
+            assert training.network.adapters
+            lines = [*training.describe()]
+            assert sum("mine/model.safetensors: " in line for line in lines) == 1
+            assert sum("rank 3" in line for line in lines) == (each is experiment)
+            counts.append(training.num_trained)
+        assert 0 < counts[0] < counts[1] / 10
         return
     with pytest.raises(InputError, match=re.escape(named)) as refusal:
         prepare(experiment, "cpu", str(bundled.parent))
@@ -526,7 +537,11 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             [AR, "--videos", "VIDEOS", "--", "parallel.tensor_model_parallel_size=2"],
             ("has 1 process;",),
         ),
-        ([AR], ("data.dataset_dir",)),
+        ([AR], ("data.dataset_dir", "--videos")),
+        ([AR, "VIDEOS"], ("VIDEOS", "--videos")),
+        (["absent"], ("absent", "worldline models")),
+        ([AR, "--videos", "VIDEOS", "--name", ""], ("job.name",)),
+        (["--name", "x", "--lora", "--", "experiment=mine"], ("job.name=", "lora.rank=")),
         ([AR, "--videos", "VIDEOS", "--name", "../../x"], ("--name", "../../x")),
     ],
 )
@@ -543,7 +558,7 @@ def test_what_is_refused(
     places = {"VIDEOS": str(videos), "EMPTY": str(empty)}
     assert run("--device", "cpu", *(places.get(word, word) for word in line)) == 2
     error = capsys.readouterr().err
-    assert all(text in error for text in named), error
+    assert all(places.get(text, text) in error for text in named), error
     assert "Traceback" not in error
 
 

@@ -306,6 +306,7 @@ def test_what_other_clips_differ_in(folder: Path, tmp_path: Path) -> None:
     (copy / "c.mp4").write_bytes(data)
     (copy / "a.mp4").rename(copy / "d.mp4")
     after = captioned(copy)
+    assert str(open_clips(copy / "d.mp4", Window(num_frames=9), SMALL)) == "1 sample of 1 video"
     assert after.changes(stored) == [
         *("a.mp4 is absent", "b.mkv has another text", "c.mp4 is another video", "d.mp4 is new")
     ]

@@ -129,15 +129,19 @@ def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experi
     overrides = [word for word in overrides if not word.startswith("experiment=")]
     if len(models) > 1 or (models and names):
         extra = models[-1]
-        raise InputError(f"{extra}: it is no KEY=VALUE; give one MODEL, or -- experiment=NAME")
+        raise InputError(
+            f"{extra}: it is no KEY=VALUE; give one MODEL with --videos, or -- experiment=NAME"
+        )
     if len(models) + len(names) != 1:
         raise InputError("give a MODEL with --videos, or -- experiment=NAME; --list shows them")
     stated = _sections(short)
     if names:
         if stated:
-            flags = ", ".join(f"--{name}" for name in short)
-            keys = ", ".join(f"{_KEYS.get(name, 'lora.rank')}=VALUE" for name in short)
-            raise InputError(f"{flags}: of an experiment these are keys; write {keys} behind --")
+            given = ", ".join(f"--{name}" for name in short)
+            keys = " ".join(f"{_KEYS.get(name, 'lora.rank')}=VALUE" for name in short)
+            raise InputError(
+                f"{given}: of an experiment these are keys; write them behind --: {keys}"
+            )
         return experiments.read(names[0], overrides)
     typed = {_KEYS[name]: f"--{name}" for name in short if name in _KEYS}
     return _of_model(models[0], stated, typed, overrides, folder)

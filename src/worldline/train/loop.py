@@ -471,8 +471,9 @@ def in_words(figures: Mapping[str, float], steps: int) -> str:
     step, speed = int(figures["step"]), figures["steps_per_second"]
     hidden = ("step", "steps_per_second", "clips_per_second")
     parts = ", ".join(f"{n} {value:.4g}" for n, value in figures.items() if n not in hidden)
-    left = (steps - step) / speed / 60 if speed else math.inf
-    return f"step {step:,} of {steps:,}: {parts}; {1 / speed:.3g} s a step, {left:.0f} min left"
+    left = (steps - step) / speed if speed else math.inf
+    rest = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+    return f"step {step:,} of {steps:,}: {parts}; {1 / speed:.3g} s a step, {rest} left"
 
 
 def generator(

@@ -127,6 +127,15 @@ class Training:
         return kept if self.experiment.trainer.reference_state else torch.float32
 
     @cached_property
+    def num_trained(self) -> int:
+        """Numbers of all parameters that are trained."""
+        network, rank = self.network, self.experiment.lora.rank
+        if not rank:
+            return network.num_parameters
+        recipe, shapes = _lora(self), shapes_of(network.kind, network.config)
+        return rank * sum(sum(s) for name, s in shapes.items() if matches(name, recipe.targets))
+
+    @cached_property
     def checkpointed(self) -> bool:
         """Whether blocks compute their activations again on the way back.
 
@@ -164,11 +173,15 @@ class Training:
     def describe(self) -> Iterator[str]:
         """Lines about the run."""
         experiment, layout = self.experiment, self.mesh.layout
-        millions = self.network.num_parameters / 1e6
-        yield f"{self.opened.name}: {millions:,.1f} million parameters"
-        does = "is trained further" if experiment.lora.rank else "is merged into what is trained"
+        millions, lora = self.network.num_parameters / 1e6, experiment.lora
+        name = experiment.checkpoint.load_path or self.opened.name
+        yield f"{name}: {millions:,.1f} million parameters"
+        if lora.rank:
+            trained = self.num_trained / 1e6
+            yield f"an adapter of rank {lora.rank} is trained, {trained:,.1f} million parameters"
+        does = "is trained further" if lora.rank else "is merged into the weights that are trained"
         for adapter in self.network.adapters:
-            yield f"{adapter.path}: the adapter in it {does}"
+            yield f"{adapter.path}: its adapter {does}"
         yield f"{experiment.data.dataset_dir}: {self.clips}"
         if self.held_out is not None:
             yield f"{experiment.data.validation_dir}: {self.held_out}, held out"
@@ -198,6 +211,9 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     """
     place = choose_device(job.own_device(device))
     world = job.join(place)
+    for name in ("project", "group", "name"):
+        if not getattr(experiment.job, name):
+            raise InputError(f"job.{name} is empty; give a name")
     check_folder(experiment.folder)
     check_boards(experiment)
     opened = _open(experiment, checkpoint_dir)
@@ -210,7 +226,7 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     mesh = make_mesh(Layout(dp=world.count // tp, tp=tp), world)
     data = experiment.data
     if data.dataset_dir is None:
-        raise InputError("data.dataset_dir: it is missing; give a folder of videos")
+        raise InputError("data.dataset_dir (--videos): it is missing; give a folder of videos")
     precision = experiment.trainer.precision
     clips = _clips(data, data.dataset_dir, opened, video, precision, world)
     held_out = None
@@ -265,18 +281,13 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     prefix = training.module.TrainingStep.BLOCKS
     block = sum(n for name, n in counts.items() if name.startswith(f"{prefix}.0."))
-    trained = sum(counts.values()) // layout.tp
-    if experiment.lora.rank:
-        recipe = _lora(training)
-        sides = (sum(shape) for name, shape in shapes.items() if matches(name, recipe.targets))
-        trained = experiment.lora.rank * sum(sides)
     grid, config, tokenizer = training.grid, opened.config, opened["tokenizer"]
     tokens = grid.tokens if not hasattr(config, "tokens") else config.tokens(grid).tokens
     tokens *= experiment.data.batch_size
     compute = Compute(training.device, training.dtype, training.dtype, False)
     sizes = Sizes(
         parameters=sum(counts.values()) // layout.tp,
-        trained=trained,
+        trained=training.num_trained // layout.tp,
         blocks=config.depth,
         block=block // layout.tp,
         tokens=tokens,

@@ -130,8 +130,9 @@ class Clips(Dataset[Item]):
         return self._ends[-1]
 
     def __str__(self) -> str:
-        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        return f"{len(self):,} samples of {len(self.videos):,} videos{skipped}"
+        counts = {"sample": len(self), "video": len(self.videos)}
+        words = " of ".join(f"{n:,} {name}{'s' if n > 1 else ''}" for name, n in counts.items())
+        return f"{words}, {len(self.skipped)} skipped" if self.skipped else words
 
     @cached_property
     def fingerprint(self) -> str:

@@ -82,7 +82,7 @@ class Texts:
             number = f"{len(missing)} of {len(videos)} videos"
             line = f"{where}: {number} have no text ({'; '.join(missing[:3])})"
             if source == "embeddings" or not self.empty:
-                raise InputError(f"{line}; add it, or give one caption for all (data.caption)")
+                raise InputError(f"{line}; add it, or give one for all (--caption, data.caption)")
             log.warning("%s; theirs is empty", line)
         if source == "embeddings":
             self.read(found[videos[0]])  # one of another width is of another encoder, as all are
