@@ -64,6 +64,7 @@ _HASHED = "*_ema_bf16.pt"
 _TRAINING = re.compile(r"iter_(\d+)(?:_((?:ema_|reg_)?model|model_mp_0))?\.pt")
 _KINDS = ("", "model_mp_0", "model", "reg_model", "ema_model")  # of one iteration, the best last
 _MOST_FOLDERS = 100_000  # of a level that are looked at; below / there are more
+ADAPTERS = ("iter_*_adapter", "checkpoints/iter_*_adapter")  # of a run, in its folders
 LATEST = "latest_checkpoint.txt"
 TRAINING_STATE = ("optim", "optimizer", "scheduler", "trainer", "dataloader")  # folders
 
@@ -327,7 +328,7 @@ def weights_file(
 
     def ranked() -> Iterator[str]:
         yield from preferred
-        for pattern in ("iter_*_adapter", "checkpoints/iter_*_adapter"):
+        for pattern in ADAPTERS:
             for name in newest_first(path, pattern):
                 yield from (f"{name}/{file}" for file in preferred)
         yield from (file.name for file in hashed)
@@ -511,6 +512,9 @@ def foreign_files(folder: Path) -> str:
     marks = ("weights/metadata.json", "weights/common.pt", "model_config.yaml", "*.nemo")
     if any(any(folder.glob(mark)) for mark in marks):
         return "; it is of NeMo (Megatron), which Worldline does not read: export its state_dict()"
+    for pattern in (*ADAPTERS, "adapter_model.*", "pytorch_lora_weights.*"):
+        for name in newest_first(folder, pattern)[:1]:
+            return f"; {name} is a LoRA adapter, which is given beside its model (--lora)"
     with suppress(CheckpointError):  # of a file that cannot be read
         for path in sorted(filter(Path.is_file, folder.glob("*"))):
             if (kind := foreign(read_head(path))) and kind not in BESIDE_WEIGHTS:
