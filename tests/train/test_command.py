@@ -415,6 +415,19 @@ def test_embeddings_beside_the_videos(
     assert texts.source == source
 
 
+@pytest.mark.parametrize(("keys", "text"), [([], "A long"), (["data.prompt_type=short"], "A")])
+def test_one_of_several_captions(
+    root: Path, videos: Path, tmp_path: Path, keys: list[str], text: str
+) -> None:
+    shutil.copy(videos / "c0.mp4", tmp_path)
+    (tmp_path / "captions").mkdir()
+    kinds = {"long": "A long", "short": "A"}
+    (tmp_path / "captions" / "c0.json").write_text(json.dumps({"model": kinds}))
+    stated = {"model": MODELS[2], "job": {"name": "x"}, "data": {"dataset_dir": str(tmp_path)}}
+    clips = prepare(short_form("predict2.5", stated, keys), "cpu", "checkpoints").clips
+    assert [*clips.text.values()] == [text]
+
+
 def test_models_lie_in_the_folder_that_is_given(
     root: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

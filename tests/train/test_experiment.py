@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_released_keys_lead_to_keys() -> None:
     for ours in RELEASED_KEYS.values():
         assert any(one == ours or one.startswith(ours.removesuffix("*")) for one in every), ours
     assert our_key("dataloader_train.sampler.dataset.config.num_frames") == "data.num_frames"
+
+
+def test_the_guide_names_keys() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "post_training.md").read_text()
+    sections = "|".join({key.partition(".")[0] for key in keys() if "." in key})
+    named = re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z_.]+)", text)
+    assert len(named) > 20
+    assert {*map(our_key, named)} <= {*keys()}  # released ones, too
 
 
 def test_the_two_copies_of_a_released_key_agree() -> None:

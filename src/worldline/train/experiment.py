@@ -113,6 +113,7 @@ class Data(Section):
         fit: whether frames of another aspect are cropped or stretched.
         one_per_video: one clip of a random place of each video in an epoch, not each of all places.
         caption: of all videos; None reads those beside them.
+        prompt_type: which text of a JSON caption, such as "short"; None is its first.
         batch_size: clips of a batch of each process.
         num_workers: processes that read ahead.
         cache_dir: where tokens, latents and embeddings are kept; None computes them each time.
@@ -128,6 +129,7 @@ class Data(Section):
     fit: Literal["crop", "stretch"] = "crop"
     one_per_video: bool = False
     caption: Text | None = None
+    prompt_type: str | None = None
     batch_size: Count = 1
     num_workers: Times = 2
     cache_dir: str | None = None
@@ -336,8 +338,8 @@ def short_form(
 ) -> Experiment:
     """An experiment of a family's defaults, whose clips have the model's size.
 
-    The learning rate rises for a twentieth of the run at most, unless its rise is stated; its first
-    step has a rate of nothing, so that shorter runs have no rise.
+    The learning rate rises for a twentieth of the run at most, unless its rise is stated. As its
+    first step has a rate of 0, runs of less than 20 steps have none.
 
     Args:
         family: name of it.

@@ -641,6 +641,7 @@ def _clips(
         texts = Texts(
             source="embeddings" if fits else "auto",
             caption=data.caption,
+            prompt_type=data.prompt_type,
             width=width,
             rows=opened.text_length,
         )

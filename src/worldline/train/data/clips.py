@@ -149,7 +149,9 @@ class Clips(Dataset[Item]):
         text = self.text.get(video, "")
         if isinstance(text, Path):
             return ends_digest(text)
-        return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+        return (
+            hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if text else ""
+        )
 
     def changes(self, before: Mapping[str, Sequence[str]]) -> list[str]:
         """Files in which other clips, of such `contents`, differ from these, and how, in words."""
