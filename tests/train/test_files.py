@@ -24,7 +24,7 @@ from worldline.files import temporary_name
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.shapes import LatentShape
 from worldline.train.experiment import Experiment
-from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles
+from worldline.train.files import Checkpoints, ModelFile, Names, ReferenceFiles, named_step
 from worldline.train.optim import make_optimizer
 from worldline.train.training import _checkpoints, order_of
 from worldline.weights.checkpoint import open_checkpoint, save
@@ -133,6 +133,20 @@ def test_leftovers_of_a_killed_save_go(tmp_path: Path, family: str, form: str) -
     beside = {"latest_checkpoint.txt", "iter_000000040_mine.pt"}
     beside |= {"iter_000000041"} if family != "predict2_5" else set()  # whose folders it is
     assert {*tmp_path.rglob("*")} == kept | {tmp_path / name for name in beside}
+
+
+@pytest.mark.parametrize("before", [None, 3])
+def test_a_run_killed_behind_its_state(tmp_path: Path, before: int | None) -> None:
+    """The checkpoint of a whole state gets its name when the run goes on."""
+    files = checkpoints(tmp_path, "diffusion", form="worldline")
+    if before:
+        files.name(before)
+    files.sweep(40)
+    assert named_step(tmp_path) == (before or 0)  # of no files
+    files.gather(40, tensors, True)()
+    files.sweep(40)
+    assert named_step(tmp_path) == 40
+    assert (tmp_path / "iter_000000040_ema_model.pt").exists()
 
 
 def test_files_of_a_run_without_states_stay(tmp_path: Path) -> None:

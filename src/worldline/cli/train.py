@@ -47,9 +47,11 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 @click.option("--list", "listed", is_flag=True, help="List the experiments and end.")
 @click.option("--videos", help="Folder of videos, with captions beside them where a model reads.")
 @click.option("--caption", help="Caption of all videos.")
-@click.option("--max_steps", type=click.IntRange(min=1), help="Steps of the run.")
+@click.option("--max_steps", type=click.IntRange(min=1), help="Steps of the run.  [default: 1000]")
 @click.option("--resolution", help="Height and width, such as 384x640.  [default: the model's]")
-@click.option("--num_frames", type=click.IntRange(min=1), help="Frames of a clip.")
+@click.option(
+    "--num_frames", type=click.IntRange(min=1), help="Frames of a clip.  [default: the model's]"
+)
 @click.option("--learning_rate", type=float, help="Peak of the learning rate.")
 @click.option("--lora", is_flag=True, help="Train an adapter beside the weights, not these.")
 @click.option("--name", help="Name of the run.  [default: the model's]")
@@ -94,9 +96,9 @@ def train(
     from worldline.train.training import train as run
 
     training = prepare(experiment, device, str(models))
-    if training.done >= experiment.trainer.max_iter and not dry_run:
+    if training.finished and not dry_run:
         results.add(
-            f"{training.folder}: the run is finished, {_steps(training.done)}; a larger "
+            f"{training.folder}: the run is finished, {_steps(training.finished)}; a larger "
             "--max_steps (trainer.max_iter) makes it longer, another --name (job.name) begins anew"
         )
         return

@@ -261,6 +261,14 @@ def _save(name: str, content: Any, path: Path) -> None:
             dcp.save(content, checkpoint_id=path, no_dist=True)
 
 
+def named_step(folder: Path) -> int:
+    """Step of the newest checkpoint of a run, as LATEST has it; 0 without."""
+    with suppress(OSError):
+        if named := _STEP.match((folder / LATEST).read_text()):
+            return int(named[1])
+    return 0
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Files of a run's checkpoints.
@@ -340,7 +348,7 @@ class Checkpoints:
                 yield path
 
     def sweep(self, state: int | None) -> None:
-        """Remove what a save that was killed left: temporaries, and files whose state is not whole.
+        """Put right what a killed save left: temporaries, files without a state, the newest's name.
 
         Args:
             state: step of the newest state; None without one, where files may be of anyone.
@@ -349,9 +357,11 @@ class Checkpoints:
             remove_stale(path.with_name(path.name[1:].rsplit(".", 2)[0]))
         if state is None:
             return
-        with suppress(OSError):  # of a run that went on without states
-            if named := _STEP.match((self.folder / LATEST).read_text()):
-                state = max(state, int(named[1]))
+        named = named_step(self.folder)
+        files = (self.folder / name for form in self.forms for name in form.names(state))
+        if state > named and any(map(Path.exists, files)):  # killed behind the state
+            self.name(state)
+        state = max(state, named)  # of a run that went on without states
         found = {int(match[1]) for name in os.listdir(self.folder) if (match := _STEP.match(name))}
         for step in sorted(step for step in found if step > state):
             log.info("%s: files of step %d, whose save was cut short, go", self.folder, step)

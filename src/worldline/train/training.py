@@ -49,6 +49,7 @@ from worldline.train.files import (
     ModelFile,
     Names,
     ReferenceFiles,
+    named_step,
 )
 from worldline.train.loop import LoopConfig, Objective, Run, generator
 from worldline.train.lora import adapted_name, add_adapters, check_adapter, linear_layers, restore
@@ -111,9 +112,11 @@ class Training:
         return self.experiment.folder / "checkpoints"
 
     @property
-    def done(self) -> int:
-        """Steps of the newest state, from which it goes on."""
-        return max(States(self.folder).steps(), default=0)
+    def finished(self) -> int:
+        """Number of steps, where all are done and the last checkpoint is named; else 0."""
+        done = max(States(self.folder).steps(), default=0)
+        whole = done == named_step(self.folder) and done >= self.experiment.trainer.max_iter
+        return done if whole else 0
 
     @property
     def dtype(self) -> torch.dtype:
