@@ -202,6 +202,12 @@ def test_captions(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         return [clips[i]["ai_caption"] for i in (0, 5, 13)]
 
     assert captions(Texts(caption="one")) == ["one"] * 3
+    for stem in "abc":
+        (folder / f"{stem}.txt").write_text(f"beside {stem}\n")
+    assert captions(Texts()) == ["beside a", "beside b", "beside c"]
+    (folder / "b.txt").unlink()
+    with pytest.raises(InputError, match=r"NAME\.txt: 1 of 3 videos .*b\.mkv"):
+        captions(Texts())
     (folder / "metas").mkdir()
     for stem in "abc":
         (folder / "metas" / f"{stem}.txt").write_text(f" text {stem}\n")
@@ -265,6 +271,9 @@ def test_embeddings(tmp_path: Path) -> None:
         filled = torch.arange(6) < length
         assert torch.equal(item["t5_text_embeddings"], 0.5 * filled[:, None].expand(6, 8).float())
         assert torch.equal(item["t5_text_mask"], filled.long())
+    assert all(text for _, text in clips.contents.values())
+    (tmp_path / "t5_xxl" / "b.pickle").write_bytes(pickle.dumps([np.zeros((6, 8), np.float16)]))
+    assert opened(tmp_path, texts=texts).changes(clips.contents) == ["b.mp4 has another text"]
     movie(tmp_path / "videos" / "c.mp4", 5)
     with pytest.raises(InputError, match=r"1 of 3 .*c\.mp4"):
         opened(tmp_path, texts=texts)

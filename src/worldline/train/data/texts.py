@@ -26,9 +26,10 @@ class Texts:
     """Where the texts of videos come from.
 
     Attributes:
-        source: "text" for `metas/{stem}.txt`, "json" for `captions/{stem}.json`, "auto" for the
-            second where there is one; "embeddings" for `t5_xxl/{stem}.pickle`; or a file of JSON
-            lines with a video and a caption each.
+        source: "text" for `metas/{stem}.txt`, "json" for `captions/{stem}.json`, "beside" for
+            `{stem}.txt` beside the videos, "auto" for the second where there is one, and the third
+            where there is no folder `metas`; "embeddings" for `t5_xxl/{stem}.pickle`; or a file of
+            JSON lines with a video and a caption each.
         caption: of all videos, in place of a source.
         prompt_type: which of the captions of a JSON file, such as "long"; by default the first.
         width: numbers in a row of an embedding.
@@ -57,9 +58,14 @@ class Texts:
             return dict.fromkeys(videos, self.caption)
         source: str | Path = self.source
         if source == "auto":
-            source = "json" if any((folder / "captions").glob("*.json")) else "text"
+            beside = any(video.with_suffix(".txt").is_file() for video in videos)
+            source = "beside" if beside and not (folder / "metas").is_dir() else "text"
+            source = "json" if any((folder / "captions").glob("*.json")) else source
+        if source == "beside":
+            folder = videos[0].parent
         places: dict[str | Path, tuple[str, Callable[[Path], Text]]] = {
             "text": ("metas/{}.txt", lambda path: read_text(path).strip()),
+            "beside": ("{}.txt", lambda path: read_text(path).strip()),
             "json": ("captions/{}.json", self._read_json),
             "embeddings": ("t5_xxl/{}.pickle", lambda path: path.resolve(strict=True)),
         }
