@@ -362,7 +362,7 @@ def test_an_adapter_goes_on_with_its_own_settings(
             training = prepare(each, "cpu", str(bundled.parent))
             assert training.network.adapters
             lines = [*training.describe()]
-            assert sum("mine/model.safetensors: " in line for line in lines) == 1
+            assert sum("mine/model.safetensors: " in line for line in lines) == 2
             assert sum("rank 3" in line for line in lines) == (each is experiment)
             counts.append(training.num_trained)
         assert 0 < counts[0] < counts[1] / 10

@@ -24,7 +24,13 @@ from worldline.train.lora import Halves
 from worldline.weights import lora
 from worldline.weights.checkpoint import MergedTensor, content_digest, cut, open_checkpoint, save
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import Network, open_adapter, shapes_of, weights_file
+from worldline.weights.networks import (
+    Network,
+    adapter_folder,
+    open_adapter,
+    shapes_of,
+    weights_file,
+)
 
 RANK, SCALE = 3, 0.75
 NAMES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
@@ -408,6 +414,9 @@ def test_files_that_are_no_adapters(network: Network[Any], tmp_path: Path) -> No
     for folder in (run / "iter_000000007_adapter", run, run.parent):
         with pytest.raises(CheckpointError, match=r"holds no model\.pt.*adapter.*--lora"):
             weights_file(folder, ("q_proj.weight",))
+        assert adapter_folder(folder) == run / "iter_000000007_adapter"
+    (run / "iter_000000007_model.pt").touch()  # which holds both
+    assert adapter_folder(run.parent) is None
     alone = peft(draw(network, "*.q.weight"), tmp_path / "alone")
     (alone / lora.CONFIG).unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json, which states its scale"):

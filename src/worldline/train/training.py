@@ -60,8 +60,7 @@ from worldline.train.sharding import Sharded, share
 from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe, matches
-from worldline.weights.lora import ADAPTER_FILES
-from worldline.weights.networks import LATEST, Network, shapes_of
+from worldline.weights.networks import LATEST, Network, adapter_folder, shapes_of
 from worldline.weights.trainings import open_state, steps_of
 
 log = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ class Training:
         """Lines about the run."""
         experiment, layout = self.experiment, self.mesh.layout
         millions, lora = self.network.num_parameters / 1e6, experiment.lora
-        name = experiment.checkpoint.load_path or self.opened.name
+        name = self.network.path if experiment.checkpoint.load_path else self.opened.name
         yield f"{name}: {millions:,.1f} million parameters"
         if lora.rank:
             trained = self.num_trained / 1e6
@@ -254,10 +253,10 @@ def _open(experiment: Experiment, checkpoint_dir: str) -> Opened:
     """
     model, begin = experiment.model, experiment.checkpoint.load_path
     options: dict[str, Any] = {"checkpoint_dir": checkpoint_dir}
-    if begin and model and (Path(begin) / ADAPTER_FILES[0]).is_file():
+    if begin and model and (adapter := adapter_folder(Path(begin))):
         if not experiment.lora.rank:
             raise InputError(f"checkpoint.load_path: {begin} is an adapter; add --lora to train it")
-        options["lora"], begin = [begin], None
+        options["lora"], begin = [str(adapter)], None
     if not (name := begin or model):
         raise InputError("model: it is missing; give a released name or a folder")
     found = locate(name, checkpoint_dir)

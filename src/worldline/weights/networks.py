@@ -349,6 +349,18 @@ def newest_first(folder: Path, pattern: str) -> list[str]:
     return sorted((str(path.relative_to(folder)) for path in folder.glob(pattern)), reverse=True)
 
 
+def adapter_folder(folder: Path) -> Path | None:
+    """Folder of an adapter without weights: itself, or the newest of a run of adapters alone."""
+    from worldline.weights.lora import ADAPTER_FILES
+
+    if (folder / ADAPTER_FILES[0]).is_file():
+        return folder
+    names = [name for pattern in ADAPTERS for name in newest_first(folder, pattern)]
+    if not names or training_files(folder) or training_files(folder / "checkpoints"):
+        return None
+    return None if distributed_files(folder) else folder / names[0]
+
+
 def last_resorts(folder: Path) -> Iterator[str]:
     """Names of what trainings write to a folder, which are looked for in this order."""
     yield from training_files(folder)
