@@ -1,12 +1,12 @@
-"""The memory table of docs/post_training.md: that of the plan, model by model.
+"""The memory tables of docs/post_training.md: the plan, model by model, and what was measured.
 
-`python -m tests.train.test_planned_memory` prints it anew.
+`python -m tests.train.test_planned_memory` prints them anew.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ import torch
 from worldline.catalog import find
 from worldline.family import Opened, load_family
 from worldline.locate import Place
+from worldline.memory import WORKSPACE
 from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.train.experiment import Experiment
+from worldline.train.memory import TrainingMemory
 from worldline.train.training import Training, memory_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "post_training.md"
@@ -34,23 +36,71 @@ MODELS = {
 }
 
 
-def planned(model: str, count: int, lora: bool) -> int:
-    """Gigabytes of each of so many GPUs, with activations computed again."""
-    folder, frames, height, width = MODELS[model]
+class Measured(NamedTuple):
+    """A run of one clip on one H200.
+
+    Attributes:
+        model: its name, as of a folder without what begins all.
+        clip: frames, height and width.
+        rank: of adapters; 0 where all weights are trained.
+        peak: most bytes that torch allocated, in GB.
+    """
+
+    model: str
+    clip: tuple[int, int, int]
+    rank: int
+    average: bool
+    checkpointed: bool
+    peak: float
+
+
+# benchmarks/training.py at 85653ef, torch 2.11
+MEASURED = (
+    Measured("Predict1-4B", (33, 384, 640), 0, False, False, 69.56),
+    Measured("Predict1-4B", (33, 640, 848), 0, False, False, 91.11),
+    Measured("Predict1-4B", (33, 384, 640), 0, False, True, 66.61),
+    Measured("Predict1-4B", (33, 640, 848), 0, False, True, 67.61),
+    Measured("Predict1-5B-Video2World", (33, 384, 640), 0, False, False, 82.22),
+    Measured("Predict1-12B", (33, 384, 640), 32, False, False, 69.44),
+    Measured("Predict1-13B-Video2World", (33, 384, 640), 32, False, False, 85.98),
+    Measured("Predict1-7B-Video2World", (121, 704, 1280), 8, True, True, 55.58),
+    Measured("Predict2.5-2B", (93, 704, 1280), 32, True, True, 38.36),
+)
+
+
+def memory(
+    folder: str, clip: tuple[int, int, int], rank: int, *, average: bool, count: int = 1
+) -> dict[bool, TrainingMemory]:
+    """Plans of each of so many GPUs, without and with activations computed again."""
     entry = find(folder)
     assert entry
     family = load_family(entry.command.partition(" ")[0])
     options, nowhere = family.options.parse({}), Place(Path(folder), ())
     opened = Opened(family, folder, nowhere, options, parts=family.presets(entry))
     settings: dict[str, Any] = {
-        "data": {"num_frames": frames, "video_size": (height, width)},
-        "average": {"enabled": "guidance" in family.request.model_fields and not lora},
-        "lora": {"rank": 8 if lora else 0},
+        "data": {"num_frames": clip[0], "video_size": clip[1:]},
+        "average": {"enabled": average},
+        "lora": {"rank": rank},
     }
     mesh, device = plan_mesh(Layout(dp=count)), torch.device("cuda")
     experiment = Experiment.model_validate(settings)
     training = Training(experiment, opened, None, None, None, mesh, device)  # type: ignore[arg-type]
-    return round(memory_of(training)[True].total / 1e9)
+    return memory_of(training)
+
+
+def planned(model: str, count: int, lora: bool) -> int:
+    """Gigabytes of each of so many GPUs, with activations computed again."""
+    folder, frames, height, width = MODELS[model]
+    average = frames > 33 and not lora  # of diffusion models
+    clip = frames, height, width
+    plans = memory(folder, clip, 8 * lora, average=average, count=count)
+    return round(plans[True].total / 1e9)
+
+
+def allocated(run: Measured) -> float:
+    """Gigabytes that torch is planned to allocate: all but those of libraries."""
+    plans = memory(f"Cosmos-{run.model}", run.clip, run.rank, average=run.average)
+    return (plans[run.checkpointed].total - WORKSPACE) / 1e9
 
 
 def rows() -> list[str]:
@@ -61,10 +111,26 @@ def rows() -> list[str]:
     return lines
 
 
-def test_the_table_is_that_of_the_plan() -> None:
+def measured_rows() -> list[str]:
+    lines = []
+    for run in MEASURED:
+        trained = f"adapter of rank {run.rank}" if run.rank else "all weights"
+        kept = "computed again" if run.checkpointed else "kept"
+        size = " x ".join(map(str, run.clip))
+        cells = [run.model, size, trained, kept, f"{allocated(run):.1f}", f"{run.peak:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_tables_are_those_of_the_plan() -> None:
     text = PAGE.read_text()
-    for line in rows():
+    for line in (*rows(), *measured_rows()):
         assert line in text, f"{line}; python -m tests.train.test_planned_memory prints all"
+
+
+@pytest.mark.parametrize("run", MEASURED)
+def test_the_plan_is_near_what_was_measured(run: Measured) -> None:
+    assert run.peak <= allocated(run) <= 1.05 * run.peak
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -75,4 +141,4 @@ def test_more_gpus_need_less_of_each(lora: bool) -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    print("\n".join((*rows(), "", *measured_rows())))

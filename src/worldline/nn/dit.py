@@ -8,7 +8,7 @@ Axes: B batch, C channels, T/H/W latent grid, L tokens, D width, N heads, K head
 the text, G noise levels of a clip.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ PATCH_CELLS = 4
 LARGEST_GRID = LatentShape(128, 120, 120)  # tokens, of all released models
 # ends of names of a block's weights that encode a text, before the blocks are called
 TEXT_WEIGHTS = ("cross_attention.body.k.weight", "cross_attention.body.v.weight", "body.k_norm")
+NOISE_LAYERS = ("noise.first", "noise.second")  # of a `NoiseEmbedding`
 # hidden activations of the feed-forward that exist at once; 56,320 tokens of 14B would need 2.3 GB
 HIDDEN_BYTES = 512 << 20
 
@@ -82,16 +83,49 @@ class DiTSizes:
         return self.context_width
 
     @property
-    def saved_numbers(self) -> int:
+    def stream_numbers(self) -> int:
+        """Numbers of a token between two blocks: the stream, and the update before its gate."""
+        return 2 * self.width
+
+    def saved_numbers(self, trained: Set[str], wide: int) -> int:
         """Numbers of a token that a block keeps while gradients are wanted, in its plain form.
 
-        For each sub-block the stream, its norm and what is modulated; queries and keys before and
-        behind their norms, in float32 where these are taken; the hidden channels twice.
+        Args:
+            trained: layers and norms of a block whose weights are trained, or have an adapter, such
+                as "attention.body.q".
+            wide: numbers in the computation's precision that one in float32 takes.
         """
         inner = self.num_heads * self.head_size
-        attention = 6 * self.width + 3 * inner + 8 * inner + 2 * inner
-        text = 6 * self.width + inner + 4 * inner + 2 * inner
-        return attention + text + 6 * self.width + 2 * self.hidden
+        norm = wide + ("attention.body.q_norm" in trained)  # in float32; what its weight multiplies
+
+        def modulated(block: str, *layers: str) -> int:
+            """The stream; update and norm, for gate and scale; what the layers read."""
+            gates = {f"{block}.modulation.first", f"{block}.modulation.second", *NOISE_LAYERS}
+            read = {f"{block}.body.{layer}" for layer in layers}
+            return (1 + 2 * bool(trained & gates) + bool(trained & read)) * self.width
+
+        # queries, keys, values and the result
+        attention = modulated("attention", "q", "k", "v") + (2 * (norm + 1) + 2) * inner
+        text = modulated("cross_attention", "q") + (norm + 1 + 1) * inner
+        hidden = (1 + ("feed_forward.body.down" in trained)) * self.hidden  # before, behind GELU
+        return attention + text + modulated("feed_forward", "up") + hidden
+
+    def gradient_numbers(self, trained: Set[str]) -> int:
+        """Numbers of a token of the gradients that a block holds beside what it keeps.
+
+        They are widest in the feed-forward; where norms are trained, too, the first of the two
+        takes the room of what was kept.
+        """
+        return 2 * self.width + (2 - ("attention.body.q_norm" in trained)) * self.hidden
+
+    def text_numbers(self, trained: Set[str], wide: int) -> int:
+        """Numbers of a row of the text that all blocks keep: keys, with their norm, and values."""
+        norm = wide + ("cross_attention.body.k_norm" in trained)
+        return self.depth * (norm + 1 + 1) * self.num_heads * self.head_size
+
+    def shared_numbers(self, trained: Set[str], wide: int) -> int:
+        """Numbers of a token that are kept once: rotation, and latents of a step's loss."""
+        return wide * (2 * self.head_size + 8 * PATCH_CELLS * self.latent_channels)
 
     def flops(self, grid: LatentShape, rows: int = 512) -> float:
         """Operations of a forward of a clip, with a text of so many rows, which is encoded before.

@@ -16,39 +16,37 @@ _UNITS = 2  # blocks whose weights are gathered at once: the one that computes, 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a process at the peak of a step.
+    """Bytes of a process through a step: those it always holds, and the largest of its phases.
 
     Attributes:
         weights: that are trained, in the optimizer's precision, or frozen ones.
-        gradients: of what is trained.
-        moments: two for each.
+        moments: two for each number that is trained.
         average: of what is trained.
-        gathered: weights of the blocks that compute, in the computation's precision.
-        activations: that wait for the way back.
-        tokenizer: its weights, and what it needs for a clip.
+        tokenizer: its weights.
         workspace: of libraries.
+        phases: what a phase holds beside, by name.
     """
 
     weights: int
-    gradients: int
     moments: int
     average: int
-    gathered: int
-    activations: int
     tokenizer: int
     workspace: int
+    phases: tuple[dict[str, int], ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name at the peak."""
+        held = {each.name: getattr(self, each.name) for each in fields(self)[:-1]}
+        return held | max(self.phases, key=lambda phase: sum(phase.values()))
 
     @property
     def total(self) -> int:
-        # a clip is encoded before the step's activations are there
-        beside = max(self.activations, self.tokenizer)
-        held = (self.weights, self.gradients, self.moments, self.average, self.gathered)
-        return sum(held) + beside + self.workspace
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        each = ((field.name, getattr(self, field.name)) for field in fields(self))
-        parts = ", ".join(f"{name} {nbytes / GIGABYTE:.1f}" for name, nbytes in each if nbytes)
-        return f"{self.total / GIGABYTE:.1f} GB ({parts})"
+        parts = (f"{name} {n / GIGABYTE:.1f}" for name, n in self.parts.items() if n)
+        return f"{self.total / GIGABYTE:.1f} GB ({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,12 @@ class Sizes:
         tokens: of a batch.
         stream: bytes of a token between two blocks.
         inside: bytes of a token that a block keeps for the way back.
-        loss: bytes of the loss beside.
-        tokenizer: bytes of its weights and of a clip.
+        gradients: bytes of a token that a block's gradients take beside.
+        shared: bytes that all blocks share: positions, text.
+        loss: bytes of the last layers and the loss, before blocks have gradients.
+        tokenizer: bytes of its weights.
+        coding: bytes in which it encodes a clip.
+        accumulated: whether a step has several batches, and their gradients add up.
         state: bytes of a number of weights, gradients and moments.
     """
 
@@ -75,8 +77,12 @@ class Sizes:
     tokens: int
     stream: int
     inside: int
+    gradients: int
+    shared: int
     loss: int
     tokenizer: int
+    coding: int
+    accumulated: bool = False
     state: int = _STATE
 
 
@@ -84,6 +90,9 @@ def plan_memory(
     sizes: Sizes, dp: int, dtype: torch.dtype, *, average: bool, checkpointed: bool
 ) -> TrainingMemory:
     """Memory of each process.
+
+    Activations go while gradients come, block by block: the way back needs most where it begins
+    or where it ends.
 
     Args:
         sizes: of the network and the batch.
@@ -94,19 +103,44 @@ def plan_memory(
     """
     size, frozen = dtype.itemsize, sizes.trained < sizes.parameters
     held = sizes.parameters * size if frozen else 0
-    own = sizes.trained * sizes.state
+    own = sizes.trained * sizes.state // dp
     rest = sizes.parameters - sizes.blocks * sizes.block
-    kept = sizes.blocks * (sizes.stream if checkpointed else sizes.inside)
-    kept += sizes.inside if checkpointed else 0
+    gathered = (rest + _UNITS * sizes.block) * size
+    # gradients that are not exchanged yet, of all but adapters, which are small
+    outside, block = (0, 0) if frozen else (rest * size, 2 * sizes.block * _STATE)
+    inside, beside = sizes.tokens * sizes.inside, sizes.tokens * sizes.gradients
+    kept = sizes.tokens * sizes.stream if checkpointed else inside  # of a block
+    one = beside + inside * checkpointed
+    begin = {
+        "gradients": own if sizes.accumulated else 0,
+        "gathered": gathered,
+        # a block's gradients come when its activations have gone
+        "activations": sizes.blocks * kept
+        + sizes.shared
+        + outside
+        + max(sizes.loss, one + max(0, block - kept)),
+    }
+    # gradients of the first block, and of what is outside, come last
+    late = 0 if frozen else (rest + sizes.block) * sizes.state // dp
+    end = {
+        "gradients": own,
+        "gathered": gathered,
+        "activations": inside + beside + sizes.shared + outside + block - late,
+    }
+    averaged = sizes.trained * _STATE // dp if average else 0
+    changes = averaged * (1 if sizes.state == _STATE else 2)  # and the weights in float32
     return TrainingMemory(
-        weights=(held + own) // dp,
-        gradients=own // dp,
-        moments=2 * own // dp,
-        average=sizes.trained * _STATE // dp if average else 0,
-        gathered=(rest + _UNITS * sizes.block) * size + (0 if frozen else sizes.block * _STATE),
-        activations=sizes.tokens * kept + sizes.loss,
+        weights=held // dp + own,
+        moments=2 * own,
+        average=averaged,
         tokenizer=sizes.tokenizer,
         workspace=WORKSPACE if dtype != torch.float32 else 0,
+        phases=(
+            begin,
+            end,
+            {"gradients": own, "changes of the average": changes},
+            {"gradients": own, "encoding": sizes.coding},  # those of the step before
+        ),
     )
 
 

@@ -131,11 +131,7 @@ class Training:
     @cached_property
     def num_trained(self) -> int:
         """Numbers of all parameters that are trained."""
-        network, rank = self.network, self.experiment.lora.rank
-        if not rank:
-            return network.num_parameters
-        recipe, shapes = _lora(self), shapes_of(network.kind, network.config)
-        return rank * sum(sum(s) for name, s in shapes.items() if matches(name, recipe.targets))
+        return sum(_trained(self, shapes_of(self.network.kind, self.network.config)).values())
 
     @cached_property
     def checkpointed(self) -> bool:
@@ -275,28 +271,49 @@ def _open(experiment: Experiment, checkpoint_dir: str) -> Opened:
     return open_world(found, options)
 
 
+def _trained(training: Training, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Names of parameters -> numbers that are trained: all, or those of adapters."""
+    rank = training.experiment.lora.rank
+    if not rank:
+        return {name: math.prod(shape) for name, shape in shapes.items()}
+    matrices, targets = (n for n in shapes if len(shapes[n]) == 2), _lora(training).targets
+    return {name: rank * sum(shapes[name]) for name in matrices if matches(name, targets)}
+
+
 def memory_of(training: Training) -> dict[bool, TrainingMemory]:
     """Memory of each process, without and with activations computed again."""
     experiment, opened, layout = training.experiment, training.opened, training.mesh.layout
-    network, itemsize = training.network, training.dtype.itemsize
-    shapes = shapes_of(network.kind, network.config)
+    network, itemsize, rank = training.network, training.dtype.itemsize, experiment.lora.rank
+    tokenizer, grid, config = opened["tokenizer"], training.grid, opened.config
+    # of this process's layers
+    part = network.shards.part(config, layout.tp) if network.shards else config
+    shapes = shapes_of(network.kind, part)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
-    prefix = training.module.TrainingStep.BLOCKS
-    block = sum(n for name, n in counts.items() if name.startswith(f"{prefix}.0."))
-    grid, config, tokenizer = training.grid, opened.config, opened["tokenizer"]
-    tokens = grid.tokens if not hasattr(config, "tokens") else config.tokens(grid).tokens
-    tokens *= experiment.data.batch_size
+    trained = _trained(training, shapes)
+    first = f"{training.module.TrainingStep.BLOCKS}.0."
+    names = {name.removeprefix(first).removesuffix(".weight") for name in trained}
+    adapters = rank * sum(name.startswith(first) for name in trained)
+    clips, wide = experiment.data.batch_size, 4 // itemsize
+    tokens = clips * (config.tokens(grid) if hasattr(config, "tokens") else grid).tokens
+    text = 0
+    if width := getattr(config, "text_width", config.context_width):  # read, dropped, rounded
+        numbers = part.text_numbers(names, wide) + 3 * wide * width
+        text = opened.text_length * clips * numbers * itemsize
     compute = Compute(training.device, training.dtype, training.dtype, False)
     sizes = Sizes(
-        parameters=sum(counts.values()) // layout.tp,
-        trained=training.num_trained // layout.tp,
+        parameters=sum(counts.values()),
+        trained=sum(trained.values()),
         blocks=config.depth,
-        block=block // layout.tp,
+        block=sum(count for name, count in counts.items() if name.startswith(first)),
         tokens=tokens,
-        stream=config.width * itemsize,
-        inside=config.saved_numbers * itemsize // layout.tp,
+        stream=part.stream_numbers * itemsize,
+        inside=(part.saved_numbers(names, wide) + adapters) * itemsize,
+        gradients=part.gradient_numbers(names) * itemsize,
+        shared=tokens * part.shared_numbers(names, wide) * itemsize + text,
         loss=training.module.loss_bytes(config, tokens, itemsize),
-        tokenizer=tokenizer.nbytes(compute) + coding_bytes_of(training, compute),
+        tokenizer=tokenizer.nbytes(compute),
+        coding=coding_bytes_of(training, compute),
+        accumulated=experiment.trainer.grad_accum_iter > 1,
         state=training.state.itemsize,
     )
     average = experiment.average.enabled
@@ -307,9 +324,10 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
 
 
 def coding_bytes_of(training: Training, compute: Compute) -> int:
-    """Bytes in which the tokenizer encodes a clip, and decodes the video of one."""
+    """Bytes in which the tokenizer encodes a batch, clip by clip, and decodes the video of one."""
     opened, video = training.opened, training.video
-    family, nbytes = opened.family, 24 * video.frames * video.height * video.width
+    family, clips = opened.family, training.experiment.data.batch_size
+    nbytes = 24 * clips * video.frames * video.height * video.width
     sizes = dict(zip(("num_video_frames", "height", "width"), astuple(video), strict=True))
     if sizes.keys() <= family.request.model_fields.keys():  # of others a model has one size
         request = family.request.parse({**opened.defaults, **sizes})

@@ -8,7 +8,7 @@ Axes: B batch, S new tokens, D width, N query heads, M key heads, K head size, V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
@@ -87,10 +87,49 @@ class ARTransformerConfig:
         return self.leading_tokens + self.grid.tokens
 
     @property
-    def saved_numbers(self) -> int:
-        """Numbers of a token that a layer keeps while gradients are wanted; measured in bf16."""
+    def stream_numbers(self) -> int:
+        """Numbers of a token between two layers."""
+        return self.width
+
+    def saved_numbers(self, trained: Set[str], wide: int) -> int:
+        """Numbers of a token that a layer keeps while gradients are wanted, the mean of all.
+
+        Args:
+            trained: layers and norms of a layer whose weights are trained, or have an adapter, such
+                as "attention.q".
+            wide: numbers in the computation's precision that one in float32 takes.
+        """
         queries, keys = (n * self.head_size for n in (self.num_heads, self.num_kv_heads))
-        return 8 * self.width + 7 * queries + 3 * keys + 4 * self.hidden
+        norm = wide + ("attention_norm" in trained)  # in float32; what its weight multiplies
+
+        def normed(*layers: str) -> int:
+            """The norm of the stream, and what the layers read."""
+            return (norm + bool(trained & {*layers})) * self.width
+
+        attention = normed("attention.q", "attention.k", "attention.v")
+        attention += (norm + 1 + 1) * (queries + keys)  # rotated ones; the result, and values
+        text = normed("cross_attention.q") + (norm + 1 + 1) * queries
+        # gate, its SiLU and up, their product
+        hidden = (3 + ("feed_forward.down" in trained)) * self.hidden
+        hidden += normed("feed_forward.gate", "feed_forward.up")
+        return attention + hidden + (text // self.context_every if self.context_width else 0)
+
+    def gradient_numbers(self, trained: Set[str]) -> int:
+        """Numbers of a token of the gradients that a layer holds beside what it keeps.
+
+        The feed-forward, whose rows are few at a time, adds little.
+        """
+        return 3 * self.width
+
+    def text_numbers(self, trained: Set[str], wide: int) -> int:
+        """Numbers of a row of the text that all layers keep: keys, with their norm, and values."""
+        keys = -(-self.depth // self.context_every) * self.num_kv_heads * self.head_size
+        norm = wide + ("cross_attention.k_norm" in trained)
+        return (norm + 1 + 1) * keys if self.context_width else 0
+
+    def shared_numbers(self, trained: Set[str], wide: int) -> int:
+        """Numbers of a token that are kept once: its positions."""
+        return 2 * self.head_size + self.absolute_positions * self.width
 
     def flops(self, grid: LatentShape) -> float:
         """Operations of a forward of a clip, two for each multiplication.

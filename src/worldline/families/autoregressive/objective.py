@@ -181,8 +181,8 @@ def released_name(keys: KeyMap, name: str) -> str:
 
 
 def loss_bytes(config: ARTransformerConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of the loss: the last stream, and float32 logits of the rows that exist at once."""
-    return tokens * config.width * itemsize + 4 * 4 * min(tokens, _ROWS) * config.vocabulary
+    """Bytes of the loss: the last norm, and float32 logits of the rows that exist at once."""
+    return 6 * tokens * config.width * itemsize + 4 * 4 * min(tokens, _ROWS) * config.vocabulary
 
 
 def settings(config: ARTransformerConfig, opened: Opened) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Axes: B batch, C latent channels, T/H/W latent grid, L tokens, D width, N heads,
 S rows of the text, E its width.
 """
 
+from collections.abc import Set
 from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -43,6 +44,11 @@ class DiTConfig(DiTSizes):
     vocabulary: int = 0
     id_width: int = 0
     zero_padded: ClassVar[bool] = True  # rows behind the end of a prompt, and absent prompts
+
+    def shared_numbers(self, trained: Set[str], wide: int) -> int:
+        # learned positions; where they are trained, their sum and its gradient
+        learned = self.learned_positions * (3 if "noise.norm" in trained else 1) * self.width
+        return super().shared_numbers(trained, wide) + learned
 
 
 # rotary stretching by width: no tensor holds it

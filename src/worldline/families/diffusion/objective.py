@@ -284,8 +284,8 @@ def released_name(keys: KeyMap, name: str) -> str:
 
 
 def loss_bytes(config: DiTConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of the loss: latents, noise, output and error in float32."""
-    return 8 * 4 * tokens * config.latent_channels * 4
+    """Bytes of the last layers: norm, what its vectors multiply, and gradients."""
+    return 5 * tokens * config.width * itemsize
 
 
 def settings(config: DiTConfig, opened: Opened) -> dict[str, Any]:
