@@ -139,17 +139,43 @@ def kept(network: nn.Module, inputs: list[Tensor], call: Call) -> int:
     return sum(storage.nbytes() for place, storage in storages.items() if place not in known)
 
 
+def check(name: str, train: str, dtype: torch.dtype, *, compiled: bool) -> None:
+    """Compare what a block keeps of its tokens, and of the rows of its text."""
+    case, wide = CASES[name], 4 // dtype.itemsize
+    network, trained = prepared(case, train, dtype)
+    block = getattr(network, case.blocks)[1]
+    if compiled:  # forward and backward are cut from each other as on a GPU
+        torch._dynamo.reset()
+        how: Any = {"backend": "aot_eager_decomp_partition", "dynamic": False}
+        block.forward = torch.compile(block.forward, **how)
+    inputs, call = case.inputs(network, block, dtype)
+    config = network.config
+    adapters = RANK * len(trained) if train != "all" else 0
+    tokens = GRID.tokens + getattr(config, "leading_tokens", 0)
+    planned = tokens * (config.saved_numbers(trained, wide, compiled) + adapters)
+    planned += ROWS * config.text_numbers(trained, wide) // config.depth
+    bound = 0.03 if compiled else 0.02
+    assert kept(network, inputs, call) == pytest.approx(dtype.itemsize * planned, rel=bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("train", ["all", "adapters", "other adapters"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_block_keeps(name: str, train: str, dtype: torch.dtype) -> None:
-    """Of its tokens, and of the rows of its text."""
-    case, wide = CASES[name], 4 // dtype.itemsize
-    network, trained = prepared(case, train, dtype)
-    inputs, call = case.inputs(network, getattr(network, case.blocks)[1], dtype)
-    config = network.config
-    adapters = RANK * len(trained) if train != "all" else 0
-    tokens = GRID.tokens + getattr(config, "leading_tokens", 0)
-    planned = tokens * (config.saved_numbers(trained, wide) + adapters)
-    planned += ROWS * config.text_numbers(trained, wide) // config.depth
-    assert kept(network, inputs, call) == pytest.approx(dtype.itemsize * planned, rel=0.02)
+    check(name, train, dtype, compiled=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what torch itself imports
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        ("autoregressive", "all"),
+        ("autoregressive with a text", "adapters"),
+        ("diffusion", "all"),
+        ("diffusion", "adapters"),
+        ("predict2.5", "adapters"),
+    ],
+)
+def test_what_a_compiled_block_keeps(name: str, train: str) -> None:
+    check(name, train, torch.bfloat16, compiled=True)

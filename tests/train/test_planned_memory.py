@@ -51,25 +51,36 @@ class Measured(NamedTuple):
     rank: int
     average: bool
     checkpointed: bool
+    compiled: bool
     peak: float
 
 
-# benchmarks/training.py at 85653ef, torch 2.11
+# benchmarks/results/training.json, torch 2.11; compiled at d646ca5, others at 85653ef
 MEASURED = (
-    Measured("Predict1-4B", (33, 384, 640), 0, False, False, 69.56),
-    Measured("Predict1-4B", (33, 640, 848), 0, False, False, 91.11),
-    Measured("Predict1-4B", (33, 384, 640), 0, False, True, 66.61),
-    Measured("Predict1-4B", (33, 640, 848), 0, False, True, 67.61),
-    Measured("Predict1-5B-Video2World", (33, 384, 640), 0, False, False, 82.22),
-    Measured("Predict1-12B", (33, 384, 640), 32, False, False, 69.44),
-    Measured("Predict1-13B-Video2World", (33, 384, 640), 32, False, False, 85.98),
-    Measured("Predict1-7B-Video2World", (121, 704, 1280), 8, True, True, 55.58),
-    Measured("Predict2.5-2B", (93, 704, 1280), 32, True, True, 38.36),
+    Measured("Predict1-4B", (33, 384, 640), 0, False, False, False, 69.56),
+    Measured("Predict1-4B", (33, 640, 848), 0, False, False, False, 91.11),
+    Measured("Predict1-4B", (33, 384, 640), 0, False, True, False, 66.61),
+    Measured("Predict1-4B", (33, 640, 848), 0, False, True, False, 67.61),
+    Measured("Predict1-4B", (33, 384, 640), 0, False, False, True, 66.61),
+    Measured("Predict1-4B", (33, 640, 848), 0, False, False, True, 75.81),
+    Measured("Predict1-4B", (33, 384, 640), 0, False, True, True, 66.61),
+    Measured("Predict1-7B-Video2World", (121, 704, 1280), 8, True, True, True, 53.74),
+    Measured("Predict1-5B-Video2World", (33, 384, 640), 0, False, False, False, 82.22),
+    Measured("Predict1-12B", (33, 384, 640), 32, False, False, False, 69.44),
+    Measured("Predict1-13B-Video2World", (33, 384, 640), 32, False, False, False, 85.98),
+    Measured("Predict1-7B-Video2World", (121, 704, 1280), 8, True, True, False, 55.58),
+    Measured("Predict2.5-2B", (93, 704, 1280), 32, True, True, False, 38.36),
 )
 
 
 def memory(
-    folder: str, clip: tuple[int, int, int], rank: int, *, average: bool, count: int = 1
+    folder: str,
+    clip: tuple[int, int, int],
+    rank: int,
+    *,
+    average: bool,
+    compiled: bool = True,
+    count: int = 1,
 ) -> dict[bool, TrainingMemory]:
     """Plans of each of so many GPUs, without and with activations computed again."""
     entry = find(folder)
@@ -81,6 +92,7 @@ def memory(
         "data": {"num_frames": clip[0], "video_size": clip[1:]},
         "average": {"enabled": average},
         "lora": {"rank": rank},
+        "trainer": {"compile": "on" if compiled else "off"},
     }
     mesh, device = plan_mesh(Layout(dp=count)), torch.device("cuda")
     experiment = Experiment.model_validate(settings)
@@ -99,7 +111,8 @@ def planned(model: str, count: int, lora: bool) -> int:
 
 def allocated(run: Measured) -> float:
     """Gigabytes that torch is planned to allocate: all but those of libraries."""
-    plans = memory(f"Cosmos-{run.model}", run.clip, run.rank, average=run.average)
+    model, options = f"Cosmos-{run.model}", {"average": run.average, "compiled": run.compiled}
+    plans = memory(model, run.clip, run.rank, **options)
     return (plans[run.checkpointed].total - WORKSPACE) / 1e9
 
 
@@ -116,6 +129,7 @@ def measured_rows() -> list[str]:
     for run in MEASURED:
         trained = f"adapter of rank {run.rank}" if run.rank else "all weights"
         kept = "computed again" if run.checkpointed else "kept"
+        kept += ", compiled blocks" * run.compiled
         size = " x ".join(map(str, run.clip))
         cells = [run.model, size, trained, kept, f"{allocated(run):.1f}", f"{run.peak:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -87,22 +87,27 @@ class DiTSizes:
         """Numbers of a token between two blocks: the stream, and the update before its gate."""
         return 2 * self.width
 
-    def saved_numbers(self, trained: Set[str], wide: int) -> int:
+    def saved_numbers(self, trained: Set[str], wide: int, compiled: bool) -> int:
         """Numbers of a token that a block keeps while gradients are wanted, in its plain form.
+
+        torch.compile computes norms and products of gates again.
 
         Args:
             trained: layers and norms of a block whose weights are trained, or have an adapter, such
                 as "attention.body.q".
             wide: numbers in the computation's precision that one in float32 takes.
+            compiled: by torch.compile.
         """
         inner = self.num_heads * self.head_size
-        norm = wide + ("attention.body.q_norm" in trained)  # in float32; what its weight multiplies
+        # of heads: in float32; what its weight multiplies
+        norm = 1 if compiled else wide + ("attention.body.q_norm" in trained)
 
         def modulated(block: str, *layers: str) -> int:
             """The stream; update and norm, for gate and scale; what the layers read."""
+            vectors = 1 if compiled else 2
             gates = {f"{block}.modulation.first", f"{block}.modulation.second", *NOISE_LAYERS}
             read = {f"{block}.body.{layer}" for layer in layers}
-            return (1 + 2 * bool(trained & gates) + bool(trained & read)) * self.width
+            return (1 + vectors * bool(trained & gates) + bool(trained & read)) * self.width
 
         # queries, keys, values and the result
         attention = modulated("attention", "q", "k", "v") + (2 * (norm + 1) + 2) * inner

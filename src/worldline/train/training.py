@@ -307,7 +307,7 @@ def memory_of(training: Training) -> dict[bool, TrainingMemory]:
         block=sum(count for name, count in counts.items() if name.startswith(first)),
         tokens=tokens,
         stream=part.stream_numbers * itemsize,
-        inside=(part.saved_numbers(names, wide) + adapters) * itemsize,
+        inside=(part.saved_numbers(names, wide, training.compiled) + adapters) * itemsize,
         gradients=part.gradient_numbers(names) * itemsize,
         shared=tokens * part.shared_numbers(names, wide) * itemsize + text,
         loss=training.module.loss_bytes(config, tokens, itemsize),

@@ -91,16 +91,20 @@ class ARTransformerConfig:
         """Numbers of a token between two layers."""
         return self.width
 
-    def saved_numbers(self, trained: Set[str], wide: int) -> int:
+    def saved_numbers(self, trained: Set[str], wide: int, compiled: bool) -> int:
         """Numbers of a token that a layer keeps while gradients are wanted, the mean of all.
+
+        torch.compile computes norms and SiLU again.
 
         Args:
             trained: layers and norms of a layer whose weights are trained, or have an adapter, such
                 as "attention.q".
             wide: numbers in the computation's precision that one in float32 takes.
+            compiled: by torch.compile.
         """
         queries, keys = (n * self.head_size for n in (self.num_heads, self.num_kv_heads))
-        norm = wide + ("attention_norm" in trained)  # in float32; what its weight multiplies
+        # in float32; what its weight multiplies
+        norm = 1 if compiled else wide + ("attention_norm" in trained)
 
         def normed(*layers: str) -> int:
             """The norm of the stream, and what the layers read."""
@@ -109,17 +113,19 @@ class ARTransformerConfig:
         attention = normed("attention.q", "attention.k", "attention.v")
         attention += (norm + 1 + 1) * (queries + keys)  # rotated ones; the result, and values
         text = normed("cross_attention.q") + (norm + 1 + 1) * queries
-        # gate, its SiLU and up, their product
-        hidden = (3 + ("feed_forward.down" in trained)) * self.hidden
+        # gate and up, SiLU, the product
+        hidden = (2 + (not compiled) + ("feed_forward.down" in trained)) * self.hidden
         hidden += normed("feed_forward.gate", "feed_forward.up")
+        if compiled:
+            hidden -= self.width  # counted: one of the norms' results is computed again, too
         return attention + hidden + (text // self.context_every if self.context_width else 0)
 
     def gradient_numbers(self, trained: Set[str]) -> int:
         """Numbers of a token of the gradients that a layer holds beside what it keeps.
 
-        The feed-forward, whose rows are few at a time, adds little.
+        They are widest in the feed-forward: of gate and up.
         """
-        return 3 * self.width
+        return 2 * (self.width + self.hidden)
 
     def text_numbers(self, trained: Set[str], wide: int) -> int:
         """Numbers of a row of the text that all layers keep: keys, with their norm, and values."""
