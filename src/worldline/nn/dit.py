@@ -84,8 +84,8 @@ class DiTSizes:
 
     @property
     def stream_numbers(self) -> int:
-        """Numbers of a token between two blocks: the stream, and the update before its gate."""
-        return 2 * self.width
+        """Numbers of a token between two blocks that are computed again."""
+        return self.width
 
     def saved_numbers(self, trained: Set[str], wide: int, compiled: bool) -> int:
         """Numbers of a token that a block keeps while gradients are wanted, in its plain form.
@@ -298,6 +298,10 @@ class Block(nn.Module):
         residual = self.attention(residual, noise, None, rotation, attend, added=added)
         residual = self.cross_attention(residual, noise, context)
         return self.feed_forward(residual, noise)
+
+    def closed(self, *inputs: Any) -> Residual:
+        """As a call, with the update in the stream: between blocks it alone is kept."""
+        return Residual(Block.forward(self, *inputs).total())
 
 
 class Head(nn.Module):

@@ -128,7 +128,9 @@ def plan_memory(
         "activations": inside + beside + sizes.shared + outside + block - late,
     }
     averaged = sizes.trained * _STATE // dp if average else 0
-    changes = averaged * (1 if sizes.state == _STATE else 2)  # and the weights in float32
+    # of some tensors at once, and their weights in float32
+    most = max(rest, _UNITS * sizes.block) * _STATE // dp
+    changes = min(averaged, most) * (1 if sizes.state == _STATE else 2)
     return TrainingMemory(
         weights=held // dp + own,
         moments=2 * own,

@@ -210,6 +210,9 @@ class Power:
         return float((1 - 1 / step) ** (self.exponent + 1))
 
 
+_AT_ONCE = 32  # tensors whose changes exist at once: those of about two blocks
+
+
 class Average:
     """Exponential moving average of trainable parameters, float32."""
 
@@ -226,10 +229,12 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the parameters by the weight that was set."""
-        newest = [parameter.float() for parameter in self.parameters.values()]
-        steps = torch._foreach_sub(newest, [*self.values.values()])
-        torch._foreach_mul_(steps, self._weight)
-        torch._foreach_add_([*self.values.values()], steps)
+        pairs = [*zip(self.parameters.values(), self.values.values(), strict=True)]
+        for start in range(0, len(pairs), _AT_ONCE):
+            parameters, values = zip(*pairs[start : start + _AT_ONCE], strict=True)
+            steps = torch._foreach_sub([parameter.float() for parameter in parameters], values)
+            torch._foreach_mul_(steps, self._weight)
+            torch._foreach_add_(values, steps)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

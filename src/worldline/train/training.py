@@ -773,6 +773,8 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
         parameter.data = parameter.data.to(training.state)
     blocks, compiled = step.BLOCKS, training.compiled
     for block in model.get_submodule(blocks).children():
+        if training.checkpointed and hasattr(block, "closed"):
+            block.forward = block.closed
         if compiled:
             block.forward = torch.compile(block.forward, dynamic=False)
         if training.checkpointed:
