@@ -45,7 +45,8 @@ class TrainingMemory:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = (f"{name} {n / GIGABYTE:.1f}" for name, n in self.parts.items() if n)
+        large = {name: n for name, n in self.parts.items() if n >= 0.05 * GIGABYTE}
+        parts = (f"{name} {n / GIGABYTE:.1f}" for name, n in large.items())
         return f"{self.total / GIGABYTE:.1f} GB ({', '.join(parts)})"
 
 
