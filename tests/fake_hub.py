@@ -66,6 +66,13 @@ class FakeHub:
         return [span for method, path, span in self.asked if method == "GET" and path == name]
 
 
+class QuietServer(ThreadingHTTPServer):
+    """A server of threads that prints no trace, where a client hangs up, into what a test reads."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 @contextmanager
 def serving(hub: FakeHub) -> Iterator[FakeHub]:
     """Serve on a free port of this machine."""
@@ -157,7 +164,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             if broken >= 0:
                 self.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = QuietServer(("127.0.0.1", 0), Handler)
     hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
