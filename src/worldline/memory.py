@@ -191,6 +191,7 @@ def denoise_bytes(
     fused: bool,
     batch: int = 1,
     sharing: Tokens | None = None,
+    cached: int = 0,
 ) -> int:
     """Bytes that a sampler and its diffusion transformer need beside the weights.
 
@@ -202,6 +203,7 @@ def denoise_bytes(
         fused: whether kernels work between the layers, see `worldline.nn.modulation`.
         batch: guidance branches computed at once.
         sharing: how processes share the tokens.
+        cached: calls of the network whose residuals a step cache holds.
     """
     from worldline.nn.dit import ALL_TOKENS, HIDDEN_BYTES, PATCH_CELLS
 
@@ -216,7 +218,7 @@ def denoise_bytes(
     if not fused:
         heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
         activations = _PLAIN_STREAMS * residual + max(2 * hidden, heads)
-    activations += sharing.exchanged * tokens * inner * size
+    activations += sharing.exchanged * tokens * inner * size + cached * residual
     if getattr(config, "learned_positions", False):  # made for all tokens
         activations += (whole - rows) * config.width * size
     contexts = 2 * 2 * config.depth * context_length * inner * size

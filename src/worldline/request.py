@@ -7,7 +7,9 @@ holds its type, range, default and help text; everything else is derived from it
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
+from math import inf
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -67,6 +69,35 @@ Fps = Annotated[float, Field(ge=1, le=240, description="Frames per second.")]
 PreviewEvery = Annotated[
     int,
     Field(ge=0, le=1000, description="Steps between previews (NAME.preview.mp4); 0 makes none."),
+]
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _step_cache(rule: str) -> str:
+    if rule in ("off", "auto") or re.fullmatch(_STEPS, rule, re.ASCII):
+        return rule
+    with suppress(ValueError):
+        if 0 <= (threshold := float(rule)) < inf:
+            return str(threshold)
+    raise ValueError(
+        f"it is {brief(rule)}; give auto, off, a threshold of 0 or more, or the steps that are "
+        "computed, such as steps:0-3,5,8-34"
+    )
+
+
+_STEPS = r"steps:\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*"
+StepCache = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    AfterValidator(_step_cache),
+    Field(
+        description="Reuse a denoising step's blocks while its input changes by less than a "
+        "threshold in all; auto is the family's, steps: names those that are computed. Lossy.",
+        json_schema_extra={"metavar": "THRESHOLD|auto|steps:0-3,5,…|off"},
+    ),
 ]
 # a file, or a tensor or array (S, E) or (1, S, E); not checked before the model is known
 Embedding = Annotated[
@@ -321,6 +352,7 @@ class VideoRequest(Request):
     height: Size = Field(704, description="Height in pixels; a multiple of 16.")
     width: Size = Field(1280, description="Width in pixels; a multiple of 16.")
     fps: Fps = 16.0
+    step_cache: StepCache = "off"
     preview_every: PreviewEvery = 0
 
     @property

@@ -507,6 +507,7 @@ class World:
             "prompt_truncation": recorder.facts.get("prompt_truncation", {}),
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,
+            "step_cache": recorder.facts.get("step_cache"),
             **family.report(parts, job.request, recorder),
             **environment(self.device),
             **self._processes(recorder),

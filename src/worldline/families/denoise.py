@@ -3,6 +3,7 @@
 Axes: B batch, C channels, T/H/W latent grid, S rows of a text embedding, E its width.
 """
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +28,14 @@ from worldline.parallel.halo import SharedRows, share_rows
 from worldline.parallel.mesh import Axis, Layout
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
+from worldline.sampling.cache import AUTO, OFF, PATTERN, StepCache, format_steps, parse_steps
 from worldline.sampling.solvers import Stepped, Steps, standard_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.step import Step
 from worldline.video.convert import signed_to_uint8
 from worldline.video.read import Clip, Frames
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Prompts = tuple[Tensor, Tensor | None]  # embeddings (1, S, E) of prompt and negative prompt
@@ -114,6 +118,39 @@ def check_size(
         raise InputError("\n".join(wrong))
 
 
+def complete_cache(rule: str, count: int, threshold: float) -> str:
+    """Rule of a step cache for so many steps, in which "auto" is a threshold.
+
+    Raises:
+        InputError: it names other steps.
+    """
+    if rule.startswith(PATTERN):
+        try:
+            parse_steps(rule, count)
+        except ValueError as error:
+            raise InputError(f"{option('step_cache', rule)}: {error}") from error
+    return str(threshold) if rule == AUTO else rule
+
+
+def start_cache(parts: Parts, rule: str, ratios: Sequence[float]) -> StepCache | None:
+    """Step cache of a sampler's run, see `StepCache`; None where it is off."""
+    return None if rule == OFF else StepCache(rule, ratios, parts.compute.mesh.video.share)
+
+
+def record_cache(recorder: Recorder, cache: StepCache | None) -> None:
+    """Add a run's computed steps to the report, and to the log."""
+    if cache:
+        steps, ran = format_steps(cache.computed), len(cache.computed)
+        logger.info(
+            "step cache %s: %d of %d steps computed, %s", cache.rule, ran, len(cache.ratios), steps
+        )
+        new = {"rule": cache.rule, "steps": 0, "computed": 0, "patterns": []}
+        entry = recorder.facts.setdefault("step_cache", new)
+        entry["steps"] += len(cache.ratios)
+        entry["computed"] += ran
+        entry["patterns"].append(steps)
+
+
 def grid_of(opened: Opened, video: VideoShape) -> LatentShape:
     tokenizer = opened["tokenizer"].config
     return video.latent(tokenizer.temporal, tokenizer.spatial)
@@ -137,9 +174,13 @@ def stages(
     config, grid = opened.config, grid_of(opened, video)
     rows = share_rows(compute.mesh, video, opened["tokenizer"].config.spatial)
     yield Stage("encode", "tokenizer", rows.largest(coding[0]))
-    _, sharing = split_work(opened, compute, config, grid, bool(request.guidance))
+    guided, off = bool(request.guidance), request.step_cache == OFF
+    halves, sharing = split_work(opened, compute, config, grid, guided)
     denoising = denoise_bytes(
-        config, grid, compute.dtype, opened.text_length, fused=compute.fused, sharing=sharing
+        *(config, grid, compute.dtype, opened.text_length),
+        fused=compute.fused,
+        sharing=sharing,
+        cached=0 if off else 1 + (guided and halves.count == 1),
     )
     yield Stage("denoise", "transformer", features + denoising)
     yield Stage("decode", "tokenizer", rows.largest(coding[1]))
@@ -222,6 +263,7 @@ def generate(
     *,
     encode_frames: Callable[[Parts, Any, Any, Rows], Tensor],
     sample: Callable[..., tuple[int, Steps]],
+    ratios: Callable[[Opened, Any], Sequence[float]],
     windows: Callable[[Opened, Any], list[tuple[Any, int]]] = (
         lambda opened, request: [(request, request.num_video_frames)]
     ),
@@ -239,8 +281,9 @@ def generate(
         recorder: of the stages.
         encode_frames: (parts, clip, window, rows of this process) -> latents (1, C, t, H, W) of the
             known frames, with the tokenizer on its device.
-        sample: (parts, window, transformer, noise, known latents, prompts) -> number of steps, and
-            the steps.
+        sample: (parts, window, transformer, noise, known latents, prompts, step cache) -> number of
+            steps, and the steps.
+        ratios: (opened, request) -> noise over data in each evaluation of a guided network.
         windows: (opened, request) -> what is denoised at once, each with the number of frames that
             are made then.
         restore: (parts, latents) -> latents as the tokenizer gives them.
@@ -277,10 +320,13 @@ def generate(
         with stage(recorder, "denoise"), parts.transformer.on_device() as model:
             grid = astuple(grid_of(parts.opened, window.video))
             noise = standard_noise(window.seed, (1, parts.config.latent_channels, *grid))
-            count, steps = sample(parts, window, model, noise.to(parts.device), known, prompts)
+            cache = start_cache(parts, window.step_cache, ratios(parts.opened, window))
+            inputs = window, model, noise.to(parts.device), known, prompts, cache
+            count, steps = sample(parts, *inputs)
             planned = count * len(todo)
             dtype, before = parts.compute.dtype, number * count
             latents = yield from report(steps, recorder, dtype, planned, before, preview)
+            record_cache(recorder, cache)
             log_result("denoise", latents)
 
         yield Step("decode", made, len(frames))
@@ -315,6 +361,7 @@ def conditioned(
     known: Tensor | None,
     prompts: Prompts,
     positions: Any,
+    cache: StepCache | None = None,
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """Network as samplers call it: (latents, times, branch with the prompt?) -> output.
 
@@ -326,16 +373,18 @@ def conditioned(
     halves, tokens = split_work(parts.opened, parts.compute, model.config, grid, guided)
     contexts = [x if x is None else model.encode_context(x) for x in halves.deal(prompts)]
     outputs: list[Tensor] = []
+    given = 0 if known is None else known.shape[2]
     mask = None
     if model.config.condition_mask:
         mask = torch.zeros_like(noise[:1, :1])
-        if known is not None:
-            mask[:, :, : known.shape[2]] = 1
+        mask[:, :, :given] = 1
 
     def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
         if conditional or halves.count == 1:
-            context = contexts[not conditional]
-            y = model(x, times, context, positions, condition_mask=mask, tokens=tokens)
+            if cache:
+                cache.enter(x[:, :, given:], conditional)
+            inputs = x, times, contexts[not conditional], positions
+            y = model(*inputs, condition_mask=mask, tokens=tokens, cache=cache)
             outputs[:] = halves.parts(y)
         return outputs.pop(0)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from worldline.nn.attention import attend
 from worldline.nn.modulation import Residual, add_and_modulate, norm_heads
 from worldline.nn.rope import Rotation, stretched_angles_3d
+from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape
 
 # keys and values (B, N, S, K) of the text, block by block
@@ -425,6 +426,7 @@ class DiffusionTransformer(nn.Module):
         rotation: Rotation,
         added: Tensor | None = None,
         tokens: Tokens = ALL_TOKENS,
+        cache: StepCache | None = None,
     ) -> Tensor:
         """Output, shaped like the latents; their channels and masks as `patchify` takes them.
 
@@ -435,7 +437,12 @@ class DiffusionTransformer(nn.Module):
         rotation = Rotation(*map(tokens.part, rotation))
         added = None if added is None else tokens.part(added)
         residual = Residual(self.embed(x))
-        for block, encoded in zip(self.blocks, context, strict=True):
-            residual = block(residual, noise, rotation, encoded, added, tokens.attend)
+        if cache and (reused := cache.reuse(residual.stream)) is not None:
+            residual = Residual(reused)
+        else:
+            for block, encoded in zip(self.blocks, context, strict=True):
+                residual = block(residual, noise, rotation, encoded, added, tokens.attend)
+            if cache:
+                cache.keep(residual.total())
         y = tokens.join(self.head(residual, noise))
         return unpatchify(y, LatentShape(*latents.shape[2:]))

@@ -11,6 +11,7 @@ A network F is asked for F(c_in x, c_noise), and c_skip x + c_out F estimates th
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -98,6 +99,17 @@ def make_sigmas(
     table = karras_sigmas if sampler == "edm_euler" else res_sigmas
     last = {} if sigma_min is None else {"sigma_min": sigma_min}
     return table(steps, sigma_max=sigma_max, **last)
+
+
+def noise_ratios(sampler: str, num_steps: int, sigma_min: float | None = None) -> list[float]:
+    """Deviation of noise over that of data, in each evaluation that `sample` makes."""
+    sigmas = make_sigmas(sampler, num_steps, sigma_min=sigma_min).tolist()
+    if sampler == "edm_euler":
+        sigmas = sigmas[:-1]
+    elif sampler == "res_2mid":
+        halves = [math.sqrt(a * b) for a, b in pairwise(sigmas)]
+        sigmas = sorted((*sigmas, *halves), reverse=True)
+    return [sigma / SIGMA_DATA for sigma in sigmas]
 
 
 def sample(

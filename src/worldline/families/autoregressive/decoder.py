@@ -28,10 +28,13 @@ from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest
 from worldline.families.denoise import (
     attention_entries,
+    complete_cache,
     decode,
+    record_cache,
     report,
     split_work,
     stage,
+    start_cache,
 )
 from worldline.families.diffusion import family as diffusion
 from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
@@ -44,7 +47,14 @@ from worldline.nn.pieces import ALL_ROWS, Rows, decode_stream
 from worldline.opening import refuse_unless_equal
 from worldline.parallel.halo import share_rows
 from worldline.report import log_result
-from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
+from worldline.sampling.cache import OFF, StepCache
+from worldline.sampling.edm import (
+    SAMPLER_OF,
+    SIGMA_DATA,
+    make_sigmas,
+    noise_ratios,
+    sample,
+)
 from worldline.sampling.solvers import Steps, standard_noise
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
@@ -57,6 +67,7 @@ from worldline.weights.networks import Network, read_settings
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 SIGMA_MIN = 0.02
+STEP_CACHE = 0.1
 FPS = 24.0  # of the motion, for the network, whatever the rate of the file
 
 
@@ -118,7 +129,16 @@ class DecoderNetwork(Network[DiTConfig]):
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
-    def stages(self, opened: Opened, compute: Compute) -> Iterator[Stage]:
+    @property
+    def ratios(self) -> list[float]:
+        """Noise over data in each evaluation of a window's guided network."""
+        return noise_ratios(SAMPLER_OF[self.generation], self.num_steps, SIGMA_MIN)
+
+    def complete_cache(self, rule: str) -> str:
+        """Rule of the step cache; an `InputError` where it names other steps."""
+        return complete_cache(rule, len(self.ratios), STEP_CACHE)
+
+    def stages(self, opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Stage]:
         """Memory of denoising and decoding, beside the weights."""
         continuous, grid = opened["decoder_tokenizer"].config, self.grid(opened)
         _, sharing = split_work(opened, compute, self.config, grid, guided=False)
@@ -127,6 +147,7 @@ class DecoderNetwork(Network[DiTConfig]):
             fused=compute.fused,
             batch=2,
             sharing=sharing,
+            cached=int(request.step_cache != OFF),
         )
         yield Stage("denoise", "decoder", denoising)
         video = grid.video(continuous.temporal, continuous.spatial)
@@ -152,10 +173,12 @@ class DecoderNetwork(Network[DiTConfig]):
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
-                sampling = self.denoise_window(model, window, context, noise, tokens)
+                cache = start_cache(parts, job.request.step_cache, self.ratios)
+                sampling = self.denoise_window(model, window, context, noise, tokens, cache)
                 planned, dtype = len(windows) * steps, parts.compute.dtype
                 run = report(sampling, job.recorder, dtype, planned, number * steps)
                 latents.append((yield from run))
+                record_cache(job.recorder, cache)
             log_result("denoise", latents[-1])
             if job.request.decoder_seam == "as_released" and number + 1 < len(windows):
                 continue  # it fades into the next
@@ -181,7 +204,13 @@ class DecoderNetwork(Network[DiTConfig]):
             latents.clear()
 
     def denoise_window(
-        self, model: DiT, ids: Tensor, context: Any, noise: Tensor, tokens: Tokens = ALL_TOKENS
+        self,
+        model: DiT,
+        ids: Tensor,
+        context: Any,
+        noise: Tensor,
+        tokens: Tokens = ALL_TOKENS,
+        cache: StepCache | None = None,
     ) -> Steps:
         """Normalised latents of a window, float32 (1, C, 8, H, W), of its ids (1, 8, h, w).
 
@@ -200,8 +229,10 @@ class DecoderNetwork(Network[DiTConfig]):
         def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
             """Both branches of the guidance at once; that with the prompt is asked for first."""
             if conditional:
+                if cache:
+                    cache.enter(x)
                 x, times = x.repeat(2, 1, 1, 1, 1), times.repeat(2)
-                y = model(x, times, encoded, positions, ids=known, tokens=tokens)
+                y = model(x, times, encoded, positions, ids=known, tokens=tokens, cache=cache)
                 ready[:] = y.split(1)
             return ready.pop(0)
 

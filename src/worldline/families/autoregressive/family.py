@@ -293,7 +293,15 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
         raise InputError(f"{opened.name} is a {kind}")
     if prompted and not embeddings_of(opened, request):
         opened.require("text", "prompt")
-    return request.model_copy(update={"num_video_frames": frames})
+    rule = request.step_cache
+    if decoder:
+        rule = decoder.complete_cache(rule)
+    elif rule != "off":
+        raise InputError(
+            f"{option('step_cache', rule)}: {opened.name} runs without a diffusion decoder, whose "
+            "steps alone are cached; leave it out"
+        )
+    return request.model_copy(update={"num_video_frames": frames, "step_cache": rule})
 
 
 def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
@@ -364,7 +372,7 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     prefill = 3 * part.hidden * min(prompt, FEED_FORWARD_ROWS) + 5 * config.width * prompt
     yield Stage("tokens", "transformer", compute.batch_size * cache + prefill * size)
     if decoder := opened.get("decoder"):
-        yield from decoder.stages(opened, compute)
+        yield from decoder.stages(opened, request, compute)
     else:
         yield Stage("decode", "tokenizer", coding)
 

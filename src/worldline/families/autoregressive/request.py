@@ -6,7 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from worldline.family import Command
-from worldline.request import ContextParallel, Name, Request, Seed, Size, T5Options, offload
+from worldline.request import (
+    ContextParallel,
+    Name,
+    Request,
+    Seed,
+    Size,
+    StepCache,
+    T5Options,
+    offload,
+)
 
 Seam = Literal["corrected", "as_released"]
 Rollout = Literal["tokens", "pixels"]
@@ -45,6 +54,8 @@ class ARRequest(Request):
         description="Join of the diffusion decoder's windows in a clip of more than 57 frames; "
         "as_released repeats a fault of the released code.",
     )
+
+    step_cache: StepCache = "off"  # of the diffusion decoder
 
     @classmethod
     def make(

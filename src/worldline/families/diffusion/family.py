@@ -30,7 +30,15 @@ from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import ALL_ROWS, CausalCache, Rows
 from worldline.report import Recorder
 from worldline.repositories import holds_diffusers, unfinished
-from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
+from worldline.sampling.cache import StepCache
+from worldline.sampling.edm import (
+    SAMPLER_OF,
+    SIGMA_DATA,
+    Conditioning,
+    make_sigmas,
+    noise_ratios,
+    sample,
+)
 from worldline.sampling.solvers import Steps
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.encoder import TextPart
@@ -45,6 +53,7 @@ from worldline.weights.networks import Network, weights_in
 
 logger = logging.getLogger(__name__)
 
+STEP_CACHE = 0.1
 TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
@@ -58,6 +67,7 @@ def sample_video(
     noise: Tensor,
     known: Tensor | None,
     prompts: denoise.Prompts,
+    cache: StepCache | None = None,
 ) -> tuple[int, Steps]:
     """Number of steps, and the steps to normalised latents; see `denoise.generate`."""
     (prompt, negative), guidance = prompts, request.guidance
@@ -81,7 +91,7 @@ def sample_video(
     )
     sampler = str(request.sampler)
     return len(make_sigmas(sampler, request.num_steps)) - 1, sample(
-        denoise.conditioned(parts, model, noise, known, (prompt, negative), positions),
+        denoise.conditioned(parts, model, noise, known, (prompt, negative), positions, cache),
         noise,
         sampler=sampler,
         num_steps=request.num_steps,
@@ -138,7 +148,13 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
             f"reinsertion march_2025 is a fault of the sampler edm_euler; {sampler} never had it"
         )
     denoise.check_prompts(opened, request)
-    return request
+    rule = denoise.complete_cache(request.step_cache, len(ratios(opened, request)), STEP_CACHE)
+    return request.model_copy(update={"step_cache": rule})
+
+
+def ratios(opened: Opened, request: DiffusionRequest) -> list[float]:
+    """Noise over data in each evaluation of the guided network."""
+    return noise_ratios(str(request.sampler), request.num_steps)
 
 
 def complete(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
@@ -258,7 +274,11 @@ def presets(entry: Entry) -> dict[str, Any]:
 
 
 generate = partial(
-    denoise.generate, encode_frames=encode_frames, sample=sample_video, restore=restore
+    denoise.generate,
+    encode_frames=encode_frames,
+    sample=sample_video,
+    ratios=ratios,
+    restore=restore,
 )
 FAMILY = Family(
     name="diffusion",

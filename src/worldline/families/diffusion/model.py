@@ -23,6 +23,7 @@ from worldline.nn.dit import ALL_TOKENS, Context, DiffusionTransformer, DiTSizes
 from worldline.nn.modulation import NORM_EPS, norm_heads, sinusoid
 from worldline.nn.rope import Rotation
 from worldline.parallel.offload import BlockPlan
+from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape
 
 
@@ -176,6 +177,7 @@ class DiT(DiffusionTransformer):
         padding_mask: Tensor | None = None,
         ids: Tensor | None = None,
         tokens: Tokens = ALL_TOKENS,
+        cache: StepCache | None = None,
     ) -> Tensor:
         """Network output F of the EDM parametrisation, shaped like `latents`.
 
@@ -188,8 +190,9 @@ class DiT(DiffusionTransformer):
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
             ids: from `encode_ids`; the diffusion decoder only.
             tokens: how processes share them.
+            cache: of the sampler's run.
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
         noise = self.noise(timesteps)
         inputs = latents, conditioning, padding_mask, noise, context
-        return self.run(*inputs, *positions, tokens=tokens)
+        return self.run(*inputs, *positions, tokens=tokens, cache=cache)

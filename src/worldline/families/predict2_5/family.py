@@ -25,6 +25,7 @@ from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import ALL_ROWS, Rows, encode_stream
 from worldline.report import Recorder
 from worldline.repositories import released_folders
+from worldline.sampling.cache import StepCache
 from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
 from worldline.sampling.solvers import Steps
 from worldline.shapes import LatentShape, VideoShape
@@ -37,6 +38,7 @@ from worldline.video.convert import covering_frames
 from worldline.video.read import Clip
 from worldline.weights.networks import Network
 
+STEP_CACHE = 0.1
 TRAINED_FRAMES = 93
 TRAINED_FPS = 16
 # height x width, of the resolution "720"
@@ -51,6 +53,7 @@ def sample_window(
     noise: Tensor,
     known: Tensor | None,
     prompts: denoise.Prompts,
+    cache: StepCache | None = None,
 ) -> tuple[int, Steps]:
     """Number of steps, and the steps to the latents of a window; see `denoise.generate`.
 
@@ -60,7 +63,7 @@ def sample_window(
     schedule = make_schedule(network.schedule, window.num_steps)
     positions = model.make_positions(LatentShape(*noise.shape[2:]))
     velocity = guided_velocity(
-        denoise.conditioned(parts, model, noise, known, prompts, positions),
+        denoise.conditioned(parts, model, noise, known, prompts, positions, cache),
         noise,
         schedule,
         guidance=window.guidance,
@@ -132,7 +135,14 @@ def check(opened: Opened, request: FlowRequest) -> FlowRequest:
         request = request.model_copy(update={"chunk_size": window.frames})
     denoise.check_size(opened, window, request.num_input_frames)
     denoise.check_prompts(opened, request)
-    return request
+    rule = denoise.complete_cache(request.step_cache, len(ratios(opened, request)), STEP_CACHE)
+    return request.model_copy(update={"step_cache": rule})
+
+
+def ratios(opened: Opened, request: FlowRequest) -> list[float]:
+    """Noise over data in each evaluation of a window's guided network."""
+    schedule = make_schedule(opened["transformer"].schedule, request.num_steps)
+    return (schedule.sigmas / (1 - schedule.sigmas)).tolist()[:-1]
 
 
 def notes(opened: Opened, request: FlowRequest) -> list[str]:
@@ -164,7 +174,7 @@ def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> di
     return {
         "schedule": network.schedule,
         "known_timestep": network.known_timestep,
-        "evaluations": len(make_schedule(network.schedule, request.num_steps).timesteps),
+        "evaluations": len(ratios(opened, request)),
         "chunks": len(cut_windows(opened, request)),
         **denoise.attention_entries(parts, parts.config, grid, bool(request.guidance)),
     }
@@ -244,7 +254,11 @@ def presets(entry: Entry) -> dict[str, Any]:
 
 
 generate = partial(
-    denoise.generate, encode_frames=encode_frames, sample=sample_window, windows=cut_windows
+    denoise.generate,
+    encode_frames=encode_frames,
+    sample=sample_window,
+    ratios=ratios,
+    windows=cut_windows,
 )
 FAMILY = Family(
     name="predict2.5",
