@@ -29,6 +29,7 @@ from worldline.locate import Place
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes
 from worldline.opening import choose_compute, fit_released, plan
 from worldline.parallel.mesh import Layout, plan_mesh
+from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.world import load_world
 
@@ -270,9 +271,9 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("at_once", [1 << 20, 1 << 30])
+@pytest.mark.parametrize(("at_once", "cached"), [(1 << 20, 0), (1 << 30, 0), (1 << 30, 2)])
 def test_denoising_without_kernels(
-    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, at_once: int, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is done in place then; the feed-forward in parts, or at once."""
     monkeypatch.setattr("worldline.nn.dit.HIDDEN_BYTES", at_once)
@@ -281,11 +282,18 @@ def test_denoising_without_kernels(
     model = DiT(large).to(dtype).requires_grad_(False)
     draw_weights(model)
     grid = LatentShape(2, 32, 32)
-    fused, plain = (denoise_bytes(large, grid, dtype, 8, fused=fused) for fused in (True, False))
+    fused, plain = (
+        denoise_bytes(large, grid, dtype, 8, fused=fused, cached=cached) for fused in (True, False)
+    )
+    cache = StepCache("steps:0-2", [2.0, 1.0, 0.5]) if cached else None
     with torch.inference_mode(), Live(model.parameters()) as live:
         context = model.encode_context(torch.randn(1, 8, CONTEXT_WIDTH))
         positions = model.make_positions(grid, 24.0)
-        model(torch.randn(1, 16, 2, 32, 32), torch.ones(1), context, positions)
+        x = torch.randn(1, 16, 2, 32, 32)
+        for branch in [True, False] * cached or [True]:
+            if cache:
+                cache.enter(x, branch)
+            model(x, torch.ones(1), context, positions, cache=cache)
     assert fused < live.peak <= plain <= 1.3 * live.peak
 
 

@@ -94,8 +94,8 @@ StepCache = Annotated[
     BeforeValidator(_number_as_text),
     AfterValidator(_step_cache),
     Field(
-        description="Reuse a denoising step's blocks while its input changes by less than a "
-        "threshold in all; auto is the family's, steps: names those that are computed. Lossy.",
+        description="Skip the network's blocks in steps whose input changed by less than a "
+        "threshold, such as 0.3; steps: lists those computed.",
         json_schema_extra={"metavar": "THRESHOLD|auto|steps:0-3,5,…|off"},
     ),
 ]

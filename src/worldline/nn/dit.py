@@ -10,7 +10,7 @@ the text, G noise levels of a clip.
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from worldline.nn.attention import attend
 from worldline.nn.modulation import Residual, add_and_modulate, norm_heads
 from worldline.nn.rope import Rotation, stretched_angles_3d
-from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape
 
 # keys and values (B, N, S, K) of the text, block by block
@@ -385,6 +384,16 @@ class Tokens:
 ALL_TOKENS = Tokens()
 
 
+class Reuse(Protocol):
+    """A sampler's choice of calls in which the blocks do not run; see `sampling.cache`."""
+
+    def reuse(self, stream: Tensor) -> Tensor | None:
+        """The stream (B, L, D) behind the blocks, from that before them; None where they run."""
+
+    def keep(self, stream: Tensor) -> None:
+        """Take the stream behind blocks that ran."""
+
+
 class DiffusionTransformer(nn.Module):
     """Tokens of noised latents through modulated blocks; families add noise level and positions."""
 
@@ -426,7 +435,7 @@ class DiffusionTransformer(nn.Module):
         rotation: Rotation,
         added: Tensor | None = None,
         tokens: Tokens = ALL_TOKENS,
-        cache: StepCache | None = None,
+        cache: Reuse | None = None,
     ) -> Tensor:
         """Output, shaped like the latents; their channels and masks as `patchify` takes them.
 

@@ -51,7 +51,7 @@ def filtered_spectrum(x: Tensor, ratio: float) -> Tensor:
     """
     axes, sides = (-3, -2, -1), x.shape[-3:]
     waves = [torch.fft.fftfreq(side, device=x.device) for side in sides]
-    squares = sum(wave.square() for wave in torch.meshgrid(*waves, indexing="ij"))
+    squares = torch.stack(torch.meshgrid(*waves, indexing="ij")).square().sum(0)
     # half a wave over the longest side stands for the means, whose frequency is 0
     power = 1 / (squares + (2 * max(sides)) ** -2)
     gain = power / (power + ratio**2 * power.mean())

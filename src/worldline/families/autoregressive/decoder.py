@@ -67,7 +67,7 @@ from worldline.weights.networks import Network, read_settings
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 SIGMA_MIN = 0.02
-STEP_CACHE = 0.1
+STEP_CACHE = 0.3  # auto: the bundled decoder loses under 0.1 dB, see docs/performance.md
 FPS = 24.0  # of the motion, for the network, whatever the rate of the file
 
 

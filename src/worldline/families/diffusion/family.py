@@ -53,7 +53,7 @@ from worldline.weights.networks import Network, weights_in
 
 logger = logging.getLogger(__name__)
 
-STEP_CACHE = 0.1
+STEP_CACHE = 0.2  # auto: the bundled world loses under 0.3 dB, see docs/performance.md
 TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),

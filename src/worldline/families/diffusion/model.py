@@ -19,11 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import dit
-from worldline.nn.dit import ALL_TOKENS, Context, DiffusionTransformer, DiTSizes, NoiseLevel, Tokens
+from worldline.nn.dit import (
+    ALL_TOKENS,
+    Context,
+    DiffusionTransformer,
+    DiTSizes,
+    NoiseLevel,
+    Reuse,
+    Tokens,
+)
 from worldline.nn.modulation import NORM_EPS, norm_heads, sinusoid
 from worldline.nn.rope import Rotation
 from worldline.parallel.offload import BlockPlan
-from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape
 
 
@@ -177,7 +184,7 @@ class DiT(DiffusionTransformer):
         padding_mask: Tensor | None = None,
         ids: Tensor | None = None,
         tokens: Tokens = ALL_TOKENS,
-        cache: StepCache | None = None,
+        cache: Reuse | None = None,
     ) -> Tensor:
         """Network output F of the EDM parametrisation, shaped like `latents`.
 
@@ -190,7 +197,7 @@ class DiT(DiffusionTransformer):
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
             ids: from `encode_ids`; the diffusion decoder only.
             tokens: how processes share them.
-            cache: of the sampler's run.
+            cache: leaves the blocks out of some steps of a sampler.
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
         noise = self.noise(timesteps)

@@ -22,13 +22,13 @@ from worldline.nn.dit import (
     DiffusionTransformer,
     DiTSizes,
     NoiseLevel,
+    Reuse,
     Tokens,
     linear,
 )
 from worldline.nn.modulation import NORM_EPS, sinusoid
 from worldline.nn.rope import Rotation, axis_sizes, rotary_exponents
 from worldline.parallel.offload import BlockPlan
-from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape
 
 Exponents = tuple[tuple[float, ...], tuple[float, ...]]
@@ -126,7 +126,7 @@ class FlowDiT(DiffusionTransformer):
         condition_mask: Tensor,
         padding_mask: Tensor | None = None,
         tokens: Tokens = ALL_TOKENS,
-        cache: StepCache | None = None,
+        cache: Reuse | None = None,
     ) -> Tensor:
         """Velocity from data to noise, shaped like `latents`, float32.
 
@@ -138,7 +138,7 @@ class FlowDiT(DiffusionTransformer):
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames.
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
             tokens: how processes share them.
-            cache: of the sampler's run.
+            cache: leaves the blocks out of some steps of a sampler.
         """
         times = timesteps.to(torch.promote_types(self.dtype, torch.float32))
         noise = self.noise(times * self.config.timestep_scale)
