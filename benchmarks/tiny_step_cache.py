@@ -29,6 +29,8 @@ from worldline.evaluate.metrics import decibels
 
 Frames = NDArray[np.uint8]
 
+TASKS = ("video2world", "text2world")
+
 
 class Videos:
     """Figures of the videos that one rule makes, in the order of clips."""
@@ -83,7 +85,7 @@ def square_error(frames: Frames, others: Frames) -> float:
 @click.option("--model", default="tiny-Cosmos-Predict1-7B-Video2World", show_default=True)
 @click.option("--rule", "rules", multiple=True, default=("0.2", "0.3", "0.5"), show_default=True)
 @click.option("--clips", default=100, show_default=True, help="Unseen clips.")
-@click.option("--prompts", default=0, show_default=True, help="Of them, also as prompts alone.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Default: both.")
 @click.option("--first_seed", default=FIRST_SEED, show_default=True)
 @click.option("--num_steps", type=int, help="Default: the world's.")
 @click.option("--guidance", type=float, help="Default: the world's.")
@@ -93,7 +95,7 @@ def main(
     model: str,
     rules: tuple[str, ...],
     clips: int,
-    prompts: int,
+    tasks: tuple[str, ...],
     first_seed: int,
     num_steps: int | None,
     guidance: float | None,
@@ -107,16 +109,14 @@ def main(
     longest = 9 if world.opened.family.name == "diffusion" else 5
     stated = {"num_steps": num_steps, "guidance": guidance}
     options = {name: value for name, value in stated.items() if value is not None}
-    tasks = {"video2world": longest, "text2world": 0}
-    figures = {task: {rule: Videos() for rule in ("off", *rules)} for task in tasks}
+    frames_given = dict(zip(TASKS, (longest, 0), strict=True))
+    figures = {task: {rule: Videos() for rule in ("off", *rules)} for task in tasks or TASKS}
     for number in range(clips):
         clip = make_clips([first_seed + number], *size)
         truth, caption = clip.frames[0].numpy(), clip.captions[0]
-        for task, given in tasks.items():
-            if not given and number >= prompts:
-                continue
-            exact = truth
-            for rule, videos in figures[task].items():
+        for task, by_rule in figures.items():
+            given, exact = frames_given[task], truth
+            for rule, videos in by_rule.items():
                 asked = {**options, "prompt": caption, "num_input_frames": given, "seed": number}
                 video = world.generate(truth[:given] if given else None, step_cache=rule, **asked)
                 exact = video.frames if rule == "off" else exact
@@ -130,9 +130,8 @@ def main(
             "guidance": own.guidance if guidance is None else guidance,
         }
         for task, by_rule in figures.items():
-            made = len(by_rule["off"].changes)
             entries = {rule: videos.as_json(by_rule["off"]) for rule, videos in by_rule.items()}
-            result[task] = {"videos": made, **entries} if made else None
+            result[task] = {"videos": number + 1, **entries}
         output.write_text(json.dumps(result, indent=1) + "\n")
 
 
