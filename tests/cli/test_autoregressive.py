@@ -59,6 +59,7 @@ def test_video_to_video(base: Make, clip: Path, tmp_path: Path) -> None:
         "seed": 0,
         "decoder_seam": "corrected",
         "rollout": "tokens",
+        "step_cache": "off",
     }
     assert report["diffusion_decoder"] is None
     stages = report["run"]["stages"]

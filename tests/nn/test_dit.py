@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from worldline.nn.dit import PATCH_CELLS, patchify, unpatchify
+from worldline.nn.dit import PATCH_CELLS, Block, DiTSizes, NoiseLevel, patchify, unpatchify
+from worldline.nn.modulation import Residual
+from worldline.nn.rope import Rotation
 from worldline.shapes import LatentShape
 
 GRID = LatentShape(3, 4, 10)
@@ -35,3 +40,42 @@ def test_the_padding_mask_is_the_last_channel_at_the_latents_size(size: tuple[in
     row = torch.tensor([0.0, 0, 0, 1, 1])  # tokens, of two columns each
     assert torch.equal(mask, row.repeat(6)[None, :, None].expand(1, 30, PATCH_CELLS))
     assert not patchify(latents, [], None).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_closed_blocks_that_are_computed_again_give_the_same_bits(dtype: torch.dtype) -> None:
+    sizes = DiTSizes(
+        depth=3,
+        width=24,
+        num_heads=2,
+        head_size=12,
+        hidden=40,
+        context_width=8,
+        lora_rank=4,
+        max_grid=GRID,
+        rope_ratio=(1.0, 1.0, 1.0),
+    )
+    torch.manual_seed(0)
+    blocks = [Block(sizes) for _ in range(sizes.depth)]
+    for block in blocks:
+        for parameter in block.to(dtype).parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    stream, angles = torch.randn(1, 5, 24, dtype=dtype), torch.rand(5, 12)
+    noise = NoiseLevel(torch.randn(1, 24, dtype=dtype), torch.randn(1, 72, dtype=dtype))
+    rotation = Rotation(angles.cos(), angles.sin())
+    context = tuple(torch.randn(1, 2, 7, 12, dtype=dtype) for _ in range(2))
+
+    def gradients(closed: bool) -> list[torch.Tensor]:
+        residual = Residual(stream)
+        for block in blocks:
+            again = partial(checkpoint, block.closed, use_reentrant=False)
+            residual = (again if closed else block)(residual, noise, rotation, context)
+            assert (residual.update is None) == closed, "what is kept between blocks"
+        # the text is encoded before
+        named = [pair for block in blocks for pair in block.named_parameters()]
+        used = [p for name, p in named if not name.startswith("cross_attention.body.k")]
+        used = [p for p in used if p.shape != (24, 8)]
+        return [*torch.autograd.grad(residual.total().square().sum(), used)]
+
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, again)

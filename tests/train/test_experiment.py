@@ -241,6 +241,12 @@ def test_states_from_before_a_key() -> None:
     before["objective"] = {"noise": 2.0}
     del before["trainer"]["reference_state"], before["lora"]
     assert differences(before, now, defaults) == []
+    del before["data"]["prompt_type"]
+    before["trainer"]["compile"] = False  # which had no other value than these
+    before["scheduler"]["warmup"] = 1  # of short forms of less than 20 steps
+    none = {"scheduler": now.scheduler.model_copy(update={"warmup": 0})}
+    assert differences(before, now.model_copy(update=none), defaults) == []
+    before["scheduler"]["warmup"] = now.scheduler.warmup
     trainer = now.trainer.model_copy(update={"reference_state": True})
     other = {"trainer": trainer, "objective": {**recipe, "scale": 10.0, "noise": 2.0}}
     assert differences(before, now.model_copy(update=other), defaults) == [

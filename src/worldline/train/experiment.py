@@ -436,7 +436,10 @@ def differences(
     """
     after, absent = now.to_json(), (defaults or Experiment()).to_json()
     lines, length = [], "trainer.max_iter"
-    follows = ("scheduler.warmup",) if _at(before, length) != _at(after, length) else ()
+    rises = _at(before, "scheduler.warmup"), _at(after, "scheduler.warmup")
+    # of less than 20 steps, short forms had a rise of one
+    shorter = _at(before, length) != _at(after, length) or rises == (1, 0)
+    follows = ("scheduler.warmup",) if shorter else ()
     recipes = before.get("objective") or {}, after["objective"]
     fields = [f"objective.{name}" for name in dict.fromkeys([*recipes[0], *recipes[1]])]
     for key in [*fields, *(key for key in keys() if key != "objective")]:

@@ -263,7 +263,7 @@ def _save(name: str, content: Any, path: Path) -> None:
 
 def named_step(folder: Path) -> int:
     """Step of the newest checkpoint of a run, as LATEST has it; 0 without."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         if named := _STEP.match((folder / LATEST).read_text()):
             return int(named[1])
     return 0

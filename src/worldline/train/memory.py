@@ -9,6 +9,7 @@ import torch
 from worldline.errors import InsufficientMemoryError
 from worldline.files import GIGABYTE
 from worldline.memory import WORKSPACE, Memory
+from worldline.train.optim import AT_ONCE
 
 _STATE = 4  # bytes of a number of the optimizer by default: weights, gradients, moments, averages
 _UNITS = 2  # blocks whose weights are gathered at once: the one that computes, and the next
@@ -130,7 +131,7 @@ def plan_memory(
     }
     averaged = sizes.trained * _STATE // dp if average else 0
     # of some tensors at once, and their weights in float32
-    most = max(rest, _UNITS * sizes.block) * _STATE // dp
+    most = max(AT_ONCE, rest // dp) * _STATE
     changes = min(averaged, most) * (1 if sizes.state == _STATE else 2)
     return TrainingMemory(
         weights=held // dp + own,

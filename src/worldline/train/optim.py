@@ -210,7 +210,7 @@ class Power:
         return float((1 - 1 / step) ** (self.exponent + 1))
 
 
-_AT_ONCE = 32  # tensors whose changes exist at once: those of about two blocks
+AT_ONCE = 1 << 28  # numbers of averages whose changes exist at once, or those of one tensor
 
 
 class Average:
@@ -229,9 +229,18 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the parameters by the weight that was set."""
-        pairs = [*zip(self.parameters.values(), self.values.values(), strict=True)]
-        for start in range(0, len(pairs), _AT_ONCE):
-            parameters, values = zip(*pairs[start : start + _AT_ONCE], strict=True)
+        parameters, values, room = list[Tensor](), list[Tensor](), AT_ONCE
+        for parameter, value in zip(self.parameters.values(), self.values.values(), strict=True):
+            if value.numel() > room:
+                self._change(values, parameters)
+                parameters, values, room = [], [], AT_ONCE
+            parameters.append(parameter)
+            values.append(value)
+            room -= value.numel()
+        self._change(values, parameters)
+
+    def _change(self, values: list[Tensor], parameters: list[Tensor]) -> None:
+        if values:
             steps = torch._foreach_sub([parameter.float() for parameter in parameters], values)
             torch._foreach_mul_(steps, self._weight)
             torch._foreach_add_(values, steps)

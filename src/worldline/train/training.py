@@ -110,12 +110,16 @@ class Training:
         """Where files of checkpoints go."""
         return self.experiment.folder / "checkpoints"
 
-    @property
+    @cached_property
     def finished(self) -> int:
         """Number of steps, where all are done and the last checkpoint is named; else 0."""
-        done = max(States(self.folder).steps(), default=0)
-        whole = done == named_step(self.folder) and done >= self.experiment.trainer.max_iter
-        return done if whole else 0
+
+        def look() -> int:
+            done = max(States(self.folder).steps(), default=0)
+            whole = done == named_step(self.folder) and done >= self.experiment.trainer.max_iter
+            return done if whole else 0
+
+        return self.mesh.world.once(look)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,10 +158,16 @@ class Training:
             return chosen == "on"
         if self.device.type != "cuda" or self.mesh.layout.tp > 1:
             return False
-        reason = _no_compiler(self.device)
-        if reason:
-            log.warning("blocks are not compiled: torch cannot here (%s)", reason)
-        return not world.any(bool(reason))
+        if self.experiment.trainer.deterministic:  # where a run goes on, torch may not compile
+            return False
+        reasons = [*filter(None, world.every(_no_compiler(self.device)))]
+        if reasons and world.first:
+            log.warning(
+                "blocks are not compiled, which costs a fifth of the speed: torch cannot here "
+                "(%s); install what is missing, or give trainer.compile=off",
+                reasons[0],
+            )
+        return not reasons
 
     @cached_property
     def video(self) -> VideoShape:
@@ -233,7 +243,8 @@ def prepare(experiment: Experiment, device: str | None, checkpoint_dir: str) -> 
     training = Training(experiment, opened, clips, held_out, recipe, mesh, place)
     _check_adapters(training)
     world.once(partial(_check_state, training))
-    world.once(partial(_check_captions, opened, clips))
+    for each in filter(None, (clips, held_out)):
+        world.once(partial(_check_captions, opened, each))
     _check_rate(experiment)
     if experiment.trainer.compile == "on":
         world.together(partial(_check_compiler, place))
@@ -689,8 +700,8 @@ def _check_captions(opened: Opened, clips: Clips) -> None:
     long = {text for text in texts if len(encoder.tokenizer.encode(text)) > encoder.max_length}
     if names := [name for name, text in captions.items() if text in long]:
         log.warning(
-            "%d of %d captions have more than %d tokens, and their ends are not read, such as "
-            "that of %s",
+            "%d of %d captions have more than %d tokens, such as that of %s, and their ends are "
+            "not read; shorten them",
             *(len(names), len(captions), encoder.max_length, names[0]),
         )
 
@@ -776,7 +787,7 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
         if training.checkpointed and hasattr(block, "closed"):
             block.forward = block.closed
         if compiled:
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.forward = _compiled(block.forward)
         if training.checkpointed:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     sharded = share(
@@ -789,6 +800,12 @@ def _module(training: Training) -> tuple[Any, Sharded, Checkpoints]:
         plan=network.shards,
     )
     return step, sharded, _checkpoints(training, step, sharded.cut, adapted)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward, compiled where gradients are wanted; kernels do the work elsewhere."""
+    fast = torch.compile(forward, dynamic=False)
+    return lambda *inputs: (fast if torch.is_grad_enabled() else forward)(*inputs)
 
 
 def _lora(training: Training) -> LoRARecipe:

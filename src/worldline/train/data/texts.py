@@ -61,6 +61,11 @@ class Texts:
             beside = any(video.with_suffix(".txt").is_file() for video in videos)
             source = "beside" if beside and not (folder / "metas").is_dir() else "text"
             source = "json" if any((folder / "captions").glob("*.json")) else source
+        if self.prompt_type is not None and source != "json":
+            log.warning(
+                "data.prompt_type is %s, without effect: captions of %s are no JSON; leave it out",
+                *(self.prompt_type, folder),
+            )
         if source == "beside":
             folder = videos[0].parent
         places: dict[str | Path, tuple[str, Callable[[Path], Text]]] = {
