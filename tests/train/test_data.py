@@ -226,7 +226,10 @@ def test_captions(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         (folder / "captions" / f"{stem}.json").write_text(text if stem == "a" else text[1:-1])
     assert captions(Texts()) == ["long a", "long b", "long c"]
     assert captions(Texts(prompt_type="short")) == ["short a", "short b", "short c"]
+    caplog.clear()
     assert captions(Texts(prompt_type="medium")) == ["long a", "long b", "long c"]
+    [record] = caplog.records  # one line for all files
+    assert "medium, which 3 of 3 captions lack" in record.getMessage()
     assert captions(Texts(source="text")) == ["text a", "text b", "text c"]
 
 

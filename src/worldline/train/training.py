@@ -711,8 +711,8 @@ def _check_rate(experiment: Experiment) -> None:
     steps, rise, rate = experiment.trainer.max_iter, experiment.scheduler.warmup, _rate(experiment)
     if not any(map(rate, (0, min(rise, steps - 1), steps - 1))):  # between zeros it is 0
         log.warning(
-            "the learning rate of all steps is 0 with scheduler.warmup=%d and trainer.max_iter=%d; "
-            "nothing is learnt",
+            "the learning rate of all steps is 0 with scheduler.warmup=%d and trainer.max_iter=%d, "
+            "so nothing is learnt; change one of them, or scheduler.start and scheduler.top",
             *(rise, steps),
         )
     elif rise > steps:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,10 +69,11 @@ class Texts:
             )
         if source == "beside":
             folder = videos[0].parent
+        others: list[Path] = []  # files without the text that was asked for
         places: dict[str | Path, tuple[str, Callable[[Path], Text]]] = {
             "text": ("metas/{}.txt", lambda path: read_text(path).strip()),
             "beside": ("{}.txt", lambda path: read_text(path).strip()),
-            "json": ("captions/{}.json", self._read_json),
+            "json": ("captions/{}.json", partial(self._read_json, others)),
             "embeddings": ("t5_xxl/{}.pickle", lambda path: path.resolve(strict=True)),
         }
         found, problems, where = dict[Path, Text](), dict[Path, str](), source
@@ -85,6 +87,12 @@ class Texts:
                     problems[video] = strerror(error)
         else:
             found |= _read_lines(Path(source), videos)
+        if others:
+            log.warning(
+                "data.prompt_type is %s, which %d of %d captions lack, such as %s, so that their "
+                "first is taken; give one that they have",
+                *(self.prompt_type, len(others), len(videos), others[0]),
+            )
         for video, text in [*found.items()]:
             if isinstance(text, str) and _NO_TEXT.search(text):
                 problems[video] = f"it is no text, but {brief(found.pop(video), 40)}"
@@ -108,8 +116,11 @@ class Texts:
         mask = (torch.arange(self.rows) < length).to(torch.int64)
         return {"t5_text_embeddings": embedding, "t5_text_mask": mask}
 
-    def _read_json(self, path: Path) -> str:
-        """Caption of {model: {"long": …, "medium": …, "short": …}}, whose braces may be absent."""
+    def _read_json(self, others: list[Path], path: Path) -> str:
+        """Caption of {model: {"long": …, "medium": …, "short": …}}, whose braces may be absent.
+
+        A file without the text that was asked for gives its first, and is added to `others`.
+        """
         text = read_text(path).strip()
         try:
             document = parse_json(text)
@@ -119,7 +130,7 @@ class Texts:
         if isinstance(captions, dict) and captions:
             kind = self.prompt_type if self.prompt_type in captions else next(iter(captions))
             if self.prompt_type not in (None, kind):
-                log.warning("%s: no caption %r, so %r", path, self.prompt_type, kind)
+                others.append(path)
             captions = captions[kind]
         if not isinstance(captions, str):
             raise ValueError("it holds no caption")
