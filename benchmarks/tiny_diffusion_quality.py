@@ -181,6 +181,14 @@ def measure_check(clips: int, size: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
+def settings(world: worldline.World, **stated: Any) -> tuple[Any, dict[str, Any], int]:
+    """The world's own request, what is stated of another, the most frames that it continues."""
+    family = world.opened.family
+    options = {name: value for name, value in stated.items() if value is not None}
+    own = family.request.parse(world.opened.defaults)
+    return own, options, 9 if family.name == "diffusion" else 5
+
+
 @click.command()
 @click.option("--model", default="tiny-Cosmos-Predict1-7B-Video2World", show_default=True)
 @click.option("--checkpoint_dir", default="checkpoints", help="For worlds that are not bundled.")
@@ -212,12 +220,8 @@ def main(
     # prompts go in as they are, and videos come out as they are
     options: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "device": device}
     world = worldline.load(model, **options, disable_guardrail=True)
-    kind = world.opened.family.request
-    own = kind.parse(world.opened.defaults)
+    own, options, longest = settings(world, num_steps=num_steps, guidance=guidance)
     size = (own.num_video_frames, own.height, own.width)
-    chosen = {"num_steps": num_steps, "guidance": guidance}
-    options = {name: value for name, value in chosen.items() if value is not None}
-    longest = 9 if world.opened.family.name == "diffusion" else 5
     frames_given = dict(zip(TASKS, (longest, 1, 0), strict=True))
     measured: dict[str, Continued | Prompted] = {
         task: Continued(given) if given else Prompted()

@@ -18,16 +18,15 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import worldline
+from benchmarks.tiny_diffusion_quality import settings
 from benchmarks.tiny_quality import FIRST_SEED, differences, psnr, quartiles
+from benchmarks.tiny_runs import Frames
 from tiny.clips import make_clips
 from tiny.objects import compare, find_objects
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.metrics import decibels
-
-Frames = NDArray[np.uint8]
 
 TASKS = ("video2world", "text2world")
 
@@ -104,11 +103,8 @@ def main(
 ) -> None:
     """Measure, and write a JSON file."""
     world = worldline.load(model, device=device, disable_guardrail=True)
-    own = world.opened.family.request.parse(world.opened.defaults)
+    own, options, longest = settings(world, num_steps=num_steps, guidance=guidance)
     size = (own.num_video_frames, own.height, own.width)
-    longest = 9 if world.opened.family.name == "diffusion" else 5
-    stated = {"num_steps": num_steps, "guidance": guidance}
-    options = {name: value for name, value in stated.items() if value is not None}
     frames_given = dict(zip(TASKS, (longest, 0), strict=True))
     figures = {task: {rule: Videos() for rule in ("off", *rules)} for task in tasks or TASKS}
     for number in range(clips):

@@ -155,6 +155,11 @@ def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts: 1 step, 2,000 steps."""
+    return f"{count:,} {noun}{'s' if count > 1 else ''}"
+
+
 def one_line(error: BaseException) -> str:
     """First line of an error, with its class if it is none of ours."""
     lines = str(error).strip().splitlines()[:1]

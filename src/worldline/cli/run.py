@@ -33,6 +33,7 @@ from worldline.errors import (
     GuardrailRefusal,
     InputError,
     NonFiniteError,
+    counted,
     is_out_of_memory,
     one_line,
 )
@@ -385,8 +386,7 @@ def save(video: Video, item: Item, quality: Mapping[str, Any]) -> str:
 
 
 def in_words(size: VideoShape | MediaInfo) -> str:
-    plural = "s" if size.frames > 1 else ""
-    return f"{size.frames:,} frame{plural} of {size.width} x {size.height}"
+    return f"{counted(size.frames, 'frame')} of {size.width} x {size.height}"
 
 
 def is_finished(output: Path, fingerprint: str, quality: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import click
 from worldline.cli.messages import results
 from worldline.cli.options import NumberOrAuto
 from worldline.cli.run import processes_to_start
-from worldline.errors import InputError
+from worldline.errors import InputError, counted
 from worldline.family import FAMILIES
 from worldline.files import check_path
 from worldline.parallel import job
@@ -97,8 +97,9 @@ def train(
 
     training = prepare(experiment, device, str(models))
     if training.finished and not dry_run:
+        steps = counted(training.finished, "step")
         results.add(
-            f"{training.folder}: the run is finished, {_steps(training.finished)}; a larger "
+            f"{training.folder}: the run is finished, {steps}; a larger "
             "--max_steps (trainer.max_iter) makes it longer, another --name (job.name) begins anew"
         )
         return
@@ -112,13 +113,9 @@ def train(
         return
     with _stops() as stopping:
         done = run(training, stopping, bar=sys.stderr.isatty() and not results.quiet)
-    results.add(f"{training.folder}: {_steps(done)}")
+    results.add(f"{training.folder}: {counted(done, 'step')}")
     if done < experiment.trainer.max_iter:
         raise KeyboardInterrupt
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'s' if count > 1 else ''}"
 
 
 def _read(words: tuple[str, ...], short: dict[str, Any], folder: Path) -> Experiment:

@@ -190,7 +190,7 @@ class TrainerSettings(Section):
         activation_checkpointing: blocks compute their activations again on the way back; auto where
             memory asks for it.
         compile: whether blocks are compiled, by torch.compile, in the first step; auto on GPUs
-            where torch can and layers are not tensor parallel.
+            where torch can, without tensor parallel layers and `deterministic`.
         logging_iter: steps between lines of the log.
         validation_iter, sample_iter: steps between held-out losses, and between videos of two clips
             beside the truth, held-out ones where there are any; 0 makes none.

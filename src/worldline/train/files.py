@@ -10,7 +10,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from worldline.train.sharding import fill
 from worldline.train.states import dcp, quiet
 from worldline.weights.keymap import KeyMap
 from worldline.weights.lora import ADAPTER_FILES
-from worldline.weights.networks import LATEST
+from worldline.weights.networks import LATEST, latest_name
 from worldline.weights.trainings import MOMENTS, StoredState, TrainerState
 
 log = logging.getLogger(__name__)
@@ -263,10 +262,8 @@ def _save(name: str, content: Any, path: Path) -> None:
 
 def named_step(folder: Path) -> int:
     """Step of the newest checkpoint of a run, as LATEST has it; 0 without."""
-    with suppress(OSError, ValueError):
-        if named := _STEP.match((folder / LATEST).read_text()):
-            return int(named[1])
-    return 0
+    named = _STEP.match(latest_name(folder))
+    return int(named[1]) if named else 0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from worldline.errors import CheckpointError, InputError, brief, did_you_mean, one_line
+from worldline.errors import CheckpointError, InputError, brief, counted, did_you_mean, one_line
 from worldline.family import FAMILIES, Compute, Opened, Parts
 from worldline.files import check_folder, digest
 from worldline.locate import locate
@@ -60,7 +60,7 @@ from worldline.train.sharding import Sharded, share
 from worldline.train.states import States
 from worldline.weights.checkpoint import cut
 from worldline.weights.keymap import LoRARecipe, matches
-from worldline.weights.networks import LATEST, Network, adapter_folder, shapes_of
+from worldline.weights.networks import LATEST, Network, adapter_folder, latest_name, shapes_of
 from worldline.weights.trainings import open_state, steps_of
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,8 @@ class Training:
         reasons = [*filter(None, world.every(_no_compiler(self.device)))]
         if reasons and world.first:
             log.warning(
-                "blocks are not compiled, which costs a fifth of the speed: torch cannot here "
-                "(%s); install what is missing, or give trainer.compile=off",
+                "blocks are not compiled, so that steps are slower: torch cannot here (%s); "
+                "install what is missing, or give trainer.compile=off",
                 reasons[0],
             )
         return not reasons
@@ -194,9 +194,8 @@ class Training:
         if self.held_out is not None:
             yield f"{experiment.data.validation_dir}: {self.held_out}, held out"
         batch = experiment.data.batch_size * layout.dp * experiment.trainer.grad_accum_iter
-        clips = f"{batch} clip{'s' if batch > 1 else ''} of {_words(self.video)}"
-        steps = experiment.trainer.max_iter
-        yield f"{clips} a step, {steps:,} step{'s' if steps > 1 else ''}"
+        clips, steps = counted(batch, "clip"), counted(experiment.trainer.max_iter, "step")
+        yield f"{clips} of {_words(self.video)} a step, {steps}"
         if layout.count > 1:
             yield f"{layout.count} processes: {layout}"
         again = self.checkpointed
@@ -486,7 +485,7 @@ def _check_state(training: Training) -> None:
     """
     states = States(training.folder)
     if not states.steps() and (training.folder / LATEST).exists():
-        alone = b"adapter" in (training.folder / LATEST).read_bytes()
+        alone = "adapter" in latest_name(training.folder)
         kind = "an adapter" if alone else "weights"
         start = f", and checkpoint.load_path={training.folder} to begin with them"
         raise InputError(

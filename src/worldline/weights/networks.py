@@ -390,10 +390,17 @@ def training_files(folder: Path, iteration: int | None = None) -> list[str]:
     return sorted(names, key=ranked.__getitem__, reverse=True)
 
 
+def latest_name(folder: Path) -> str:
+    """What a training run names as its last whole checkpoint; empty without, or if unreadable."""
+    with suppress(OSError, ValueError):
+        return (folder / LATEST).read_text()
+    return ""
+
+
 def _latest(folder: Path) -> int | None:
     """Iteration that a training run names as its last whole one."""
-    with suppress(OSError, ValueError):
-        if match := re.match(r"iter_(\d+)(\.pt)?\s*$", (folder / LATEST).read_text()):
+    with suppress(ValueError):  # of thousands of digits
+        if match := re.match(r"iter_(\d+)(\.pt)?\s*$", latest_name(folder)):
             return int(match[1])
     return None
 

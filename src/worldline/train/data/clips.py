@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from worldline.errors import InputError
+from worldline.errors import InputError, counted
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.text.encoder import EmbeddingCache
 from worldline.train.data.frames import Transform, to_signed
@@ -130,8 +130,7 @@ class Clips(Dataset[Item]):
         return self._ends[-1]
 
     def __str__(self) -> str:
-        counts = {"sample": len(self), "video": len(self.videos)}
-        words = " of ".join(f"{n:,} {name}{'s' if n > 1 else ''}" for name, n in counts.items())
+        words = f"{counted(len(self), 'sample')} of {counted(len(self.videos), 'video')}"
         return f"{words}, {len(self.skipped)} skipped" if self.skipped else words
 
     @cached_property
