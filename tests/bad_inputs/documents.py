@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -222,13 +222,18 @@ def serving_answers() -> Iterator[str]:
 
         do_HEAD = do_GET
 
-    server = QuietServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with QuietServer(("127.0.0.1", 0), Handler) as server:
+        parent, child = os.getpid(), os.fork()  # before any thread: cases are forks, too
+        server.timeout = 0.5
+        while child == 0:
+            server.handle_request()
+            if os.getppid() != parent:
+                os._exit(0)
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def document_cases(hub: str) -> Iterator[Case]:
