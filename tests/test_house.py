@@ -33,6 +33,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("serve", "client"),
     ("world",),
     ("train", "evaluate"),
     ("families",),

@@ -1,0 +1,59 @@
+"""Errors of the HTTP interface: one code each, with its status and OpenAI's type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_INVALID, _MISSING, _SERVER = "invalid_request_error", "not_found_error", "server_error"
+
+# code -> HTTP status and type
+CODES: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(
+        (
+            *("invalid_value", "missing_parameter", "unknown_parameter", "conflicting_parameters"),
+            *("invalid_json", "unreadable_media", "url_refused", "guardrail_refused"),
+        ),
+        (400, _INVALID),
+    ),
+    "invalid_api_key": (401, _INVALID),
+    **dict.fromkeys(("origin_refused", "host_refused"), (403, "permission_error")),
+    **dict.fromkeys(
+        ("video_not_found", "model_not_found", "not_ready", "unsupported_route"), (404, _MISSING)
+    ),
+    "method_not_allowed": (405, _INVALID),
+    "expired": (410, _MISSING),
+    "request_too_large": (413, _INVALID),
+    "unsupported_content_type": (415, _INVALID),
+    **dict.fromkeys(("video_failed", "video_cancelled", "idempotency_conflict"), (422, _INVALID)),
+    **dict.fromkeys(("queue_full", "key_limit", "too_many_streams"), (429, "rate_limit_error")),
+    "internal_error": (500, _SERVER),
+    **dict.fromkeys(("loading", "shutting_down", "no_worker", "disk_full"), (503, _SERVER)),
+    "timeout": (504, _SERVER),
+}
+
+
+class ApiError(Exception):
+    """An answer that is not 2xx.
+
+    Attributes:
+        code: of CODES.
+        message: one sentence without paths of the server and words of a refused prompt.
+        param: field of the request.
+        retry_after: seconds, where the client may try again.
+        extra: further entries of the error, such as video_id.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        param: str | None = None,
+        *,
+        retry_after: float | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.type = CODES[code]
+        self.code, self.message, self.param = code, message, param
+        self.retry_after, self.extra = retry_after, dict(extra or {})
