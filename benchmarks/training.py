@@ -160,7 +160,8 @@ def run(
         given = [*case.flags, *words]
         command += [word for word in given if "." not in word.partition("=")[0]]
         command += ["--", "trainer.logging_iter=1", "checkpoint.save_state=false"]
-        command += ["trainer.sample_iter=0"]  # nobody looks
+        if "trainer.sample_iter" not in " ".join(given):
+            command += ["trainer.sample_iter=0"]  # nobody looks
         command += [word for word in given if "." in word.partition("=")[0]]
         environment = {**os.environ, "OUTPUT_ROOT": str(folder / "runs")}
         began = time.time()
