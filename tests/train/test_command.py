@@ -29,7 +29,8 @@ from worldline.locate import locate
 from worldline.opening import open_world
 from worldline.parallel.mesh import Axis
 from worldline.train.experiment import short_form
-from worldline.train.training import claimed, prepare, train
+from worldline.train.prepare import prepare
+from worldline.train.training import claimed, train
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 from worldline.weights.networks import open_adapter

@@ -19,7 +19,7 @@ from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.shapes import VideoShape
 from worldline.train.experiment import Experiment
 from worldline.train.memory import TrainingMemory
-from worldline.train.training import Training, memory_of
+from worldline.train.prepare import Training, memory_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "post_training.md"
 COUNTS = (1, 2, 4, 8)

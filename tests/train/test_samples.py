@@ -19,7 +19,8 @@ from worldline.shapes import LatentShape
 from worldline.train.experiment import short_form
 from worldline.train.loop import LoopConfig, Objective, fit
 from worldline.train.optim import Rising
-from worldline.train.training import prepare, train
+from worldline.train.prepare import prepare
+from worldline.train.training import train
 from worldline.video.read import Frames, read_video
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import open_checkpoint

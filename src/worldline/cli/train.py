@@ -92,7 +92,7 @@ def train(
     if (count := processes_to_start(options)) > 1:
         words = context.find_root().obj
         context.exit(job.launch(words, count, patience_s=math.inf))  # they save first
-    from worldline.train.training import prepare
+    from worldline.train.prepare import prepare
     from worldline.train.training import train as run
 
     training = prepare(experiment, device, str(models))
