@@ -45,7 +45,7 @@ LAYERS = (
     ("text", "tokenizers", "guardrails"),
     ("weights",),
     ("losses",),
-    ("fleet", "parallel"),
+    ("fleet", "lerobot", "parallel"),
     ("nn", "sampling", "video", "report"),
     ("finite",),
     ("yaml_documents",),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from worldline.shapes import VideoShape
     from worldline.step import Step
     from worldline.video.read import Clip
+    from worldline.video.span import Span
 
 # name -> package; the first whose SIGNATURE ends the name of one of a transformer's tensors
 FAMILIES = {
@@ -101,7 +102,7 @@ class Item:
         label: short name for progress.
         place: where it is described, for messages; "" for the command line.
         stated: fields of the request.
-        input: file to continue.
+        input: file to continue, or a span of one.
         names: field -> the name that it has where it is described.
         sample: its description, for the report.
         sources: files that describe it.
@@ -111,7 +112,7 @@ class Item:
     label: str
     place: str
     stated: Mapping[str, Any]
-    input: Path | None
+    input: Path | Span | None
     kind: Literal["image", "video"] | None
     output: Path
     names: Mapping[str, str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from worldline.video.read import (
     read_video,
     to_rgb,
 )
+from worldline.video.span import Span
 
 InputType = Literal["image", "video"]
 # a file, a picture, or frames uint8 (T, H, W, 3)
@@ -86,6 +87,8 @@ def read_clip(input: Form, kind: InputType, num_input_frames: int) -> Clip:
         raise InputError(
             f"{describe(input)}: it is of type {actual}; give {option('input_type', actual)}"
         )
+    elif isinstance(input, Span):
+        clip = input.read(num_input_frames)
     elif isinstance(input, Image.Image):
         clip = to_rgb(input, describe(input))
     elif kind == "image":
@@ -105,11 +108,15 @@ def check_length(input: Form, frames: int, num_input_frames: int) -> None:
         )
 
 
-def check_file(path: Path, request: Any, video: VideoShape) -> None:
+def check_file(path: Path | Span, request: Any, video: VideoShape) -> None:
     """Refuse, before any model is loaded, a file that cannot become the beginning of a video."""
-    info, count = probe(path), request.num_input_frames
+    if isinstance(path, Span):
+        info = path.timeline.info._replace(frames=path.frames)
+    else:
+        info = probe(path)
+    count = request.num_input_frames
     check_length(path, info.frames, count)
-    check_pixels(path, count, info.height, info.width, MAX_IMAGE)
+    check_pixels(Path(path), count, info.height, info.width, MAX_IMAGE)
     fit_note(path, info.height, info.width, request.fit, video)
 
 

@@ -20,12 +20,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, UnknownOptionError, brief, did_you_mean, option
 from worldline.files import check_path
+from worldline.lerobot import is_dataset
 from worldline.shapes import Fit, VideoShape
 
 NEGATIVE_PROMPT = (
@@ -55,6 +57,10 @@ def _not_blank(value: Any) -> Any:
 Text = Annotated[str, Field(max_length=100_000)]
 Prompt = Annotated[Text, AfterValidator(_not_blank)]
 Path = Annotated[str, AfterValidator(_not_blank), AfterValidator(check_path)]
+# a file or a folder, or the name of a data set with its parameters
+Source = Annotated[
+    Path, WrapValidator(lambda value, check: value if is_dataset(value) else check(value))
+]
 Seed = Annotated[
     int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
 ]

@@ -55,6 +55,7 @@ from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
 from worldline.step import Bar, Step, Video, numbered
 from worldline.video.read import Clip
+from worldline.video.span import Span
 
 logger = logging.getLogger(__name__)
 
@@ -591,7 +592,9 @@ def adapters_of(part: Any) -> Sequence[Any]:
 def _contents(value: object) -> Any:
     """Hash of the file that a value names, or the value as JSON holds it."""
     path = _path_of(value)
-    return _describe(value) if path is None else digest(path)
+    if path is None:
+        return _describe(value)
+    return [digest(path), value.identity] if isinstance(value, Span) else digest(path)
 
 
 def _path_of(value: object) -> Path | None:

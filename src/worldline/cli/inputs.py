@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -13,8 +13,12 @@ from worldline.documents import MAX_PROBLEMS, read_entries
 from worldline.errors import InputError, brief, strerror
 from worldline.family import Item
 from worldline.files import check_path, file_name
-from worldline.request import BatchFlags, Text, VideoFlags
+from worldline.lerobot import is_dataset, open_dataset
+from worldline.request import BatchFlags, Source, Text, VideoFlags
 from worldline.request import Path as Named
+
+if TYPE_CHECKING:
+    from worldline.video.span import Span
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +32,9 @@ _OTHER_NAMES = ("input_video", "input_image", "input_path")
 class PromptFlags(BatchFlags, VideoFlags):
     """Flags of `diffusion text2world`."""
 
-    batch_input_path: Named | None = Field(
-        None, description='Many inputs: a JSONL with a "prompt" a line.'
+    batch_input_path: Source | None = Field(
+        None,
+        description='Many inputs: a JSONL with a "prompt" a line, or tasks of lerobot:FOLDER.',
     )
     video_save_name: Annotated[Text, AfterValidator(file_name)] = Field(
         "output", description="Name of a single video; .mov .mkv .webm .gif are other formats."
@@ -45,15 +50,17 @@ class MediaFlags(PromptFlags):
     input_image_or_video_path: Named | None = Field(
         None, description="One input: a video or an image, by its contents: mp4, mkv, gif, jpg…"
     )
-    batch_input_path: Named | None = Field(
-        None, description='Many: a JSONL of "visual_input" (and "prompt"), or a folder of media.'
+    batch_input_path: Source | None = Field(
+        None,
+        description='Many: a JSONL of "visual_input" (and "prompt"), a folder of media, or '
+        "episodes of lerobot:FOLDER#camera=NAME&episodes=0-9&start=0&stride=2&frames=9.",
     )
 
 
 class TypedFlags(MediaFlags):
     """Flags of `autoregressive base`."""
 
-    input_prompts_path: Named | None = Field(
+    input_prompts_path: Source | None = Field(
         None, description="Another name of --batch_input_path."
     )
     input_type: Literal["image", "video"] = Field("video", description="Kind of all inputs.")
@@ -114,6 +121,8 @@ class Lines:
                 raise InputError(f"--{name} and --{source} exclude each other; give one")
         if "video_save_name" in flags.model_fields_set:
             logger.info("--video_save_name has no effect: videos of a batch are numbered")
+        if is_dataset(path):
+            return self._episodes(path, flags.video_save_folder, stated, input_type)
         return self._batch(Path(path), flags.video_save_folder, stated, input_type)
 
     def _batch(
@@ -145,6 +154,30 @@ class Lines:
             raise InputError(f"{path}: it has no input; give a JSONL or a folder of media")
         return items, problems
 
+    def _episodes(
+        self, name: str, folder: str, stated: Mapping[str, Any], input_type: str | None
+    ) -> tuple[list[Item], list[str]]:
+        """A video of each episode of a data set; its task is the prompt."""
+        items, problems, visual = list[Item](), list[str](), VISUAL in self.needed
+        dataset = open_dataset(name, videos=visual)
+        needs_prompt = PROMPT in self.needed and EMBEDDINGS not in stated
+        for index, found in dataset.spans():
+            if isinstance(found, InputError):
+                problems.append(str(found))
+                continue
+            episode, span = found
+            output = Path(folder, f"{episode.name}.mp4")
+            place, fields = f"{dataset.place(index)} ({output.name})", dict(stated)
+            if PROMPT in self.fields and episode.task:
+                fields = {PROMPT: episode.task, **stated}
+            elif needs_prompt:
+                problems.append(f"{place}: it has no task; leave it out by episodes=…")
+                continue
+            if visual and dataset.choice.frames is not None:
+                fields = {"num_input_frames": dataset.choice.frames, **fields}
+            items.append(make_item(fields, span, input_type, output, place, dataset.sources))
+        return items, problems[:MAX_PROBLEMS]
+
 
 def check_row(row: Any, needed: Sequence[str]) -> dict[str, Any]:
     """The object of one input, with a text for each of the needed fields."""
@@ -162,7 +195,7 @@ def check_row(row: Any, needed: Sequence[str]) -> dict[str, Any]:
 
 def make_item(
     stated: Mapping[str, Any],
-    file: str | Path | None,
+    file: "str | Path | Span | None",
     input_type: str | None,
     output: Path,
     place: str = "",
@@ -174,11 +207,12 @@ def make_item(
         return Item(f"“{words}”", place, stated, None, None, output, sources=sources)
     from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
 
-    kind = media_kind(file)
+    kind = media_kind(Path(file))
     if input_type is not None and not input_type.endswith(kind):
         other = input_type.replace("image" if kind == "video" else "video", kind)
         raise InputError(f"{file} is of kind {kind}; give --input_type {other}")
-    return Item(str(file), place, stated, Path(file), kind, output, sources=sources)
+    path = Path(file) if isinstance(file, str) else file
+    return Item(str(file), place, stated, path, kind, output, sources=sources)
 
 
 def single_output(folder: str, name: str) -> Path:

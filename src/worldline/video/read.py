@@ -83,6 +83,7 @@ class MediaInfo(NamedTuple):
     width: int
     fps: float  # as of a clip
     notes: tuple[str, ...]
+    tick: Fraction = Fraction(0)  # seconds of one, of the times of frames
 
 
 def media_kind(path: str | Path) -> MediaKind:
@@ -120,7 +121,8 @@ def probe_times(path: str | Path) -> tuple[MediaInfo, list[int]]:
         height, width, _ = video.to_rgb(first).shape
         count = len(video.delays) or video.count
         times = sorted({*video.times})
-        info = MediaInfo("video", count, height, width, video.fps, video.notes())
+        tick = video.stream.time_base or Fraction(0)
+        info = MediaInfo("video", count, height, width, video.fps, video.notes(), tick)
         return info, times if len(times) == count == video.count else []
 
 

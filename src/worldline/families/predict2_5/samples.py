@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field
@@ -21,9 +21,13 @@ from worldline.errors import InputError, strerror
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
 from worldline.files import file_name, folded
-from worldline.request import BatchFlags, Options, Text, VideoFlags
+from worldline.lerobot import is_dataset, open_dataset
+from worldline.request import BatchFlags, Options, Source, Text, VideoFlags
 from worldline.request import Path as PathText
 from worldline.yaml_documents import parse_yaml
+
+if TYPE_CHECKING:
+    from worldline.video.span import Span
 
 YAML = (".yaml", ".yml")
 SUFFIXES = (".json", ".jsonl", *YAML)
@@ -96,9 +100,10 @@ class SampleFlags(Overrides, BatchFlags, VideoFlags):
     earlier: tuple[str, ...] = Field(
         (), json_schema_extra={"argument": True, "metavar": "[PARAMS_FILE OUTPUT_DIR]"}
     )
-    input_files: tuple[PathText, ...] = Field(
+    input_files: tuple[Source, ...] = Field(
         (),
-        description="Files of samples: .json, .jsonl, .yaml or .yml, or quoted patterns of names.",
+        description="Files of samples: .json, .jsonl, .yaml or .yml, or quoted patterns of names; "
+        "or episodes of lerobot:FOLDER#camera=NAME.",
         json_schema_extra={"short": "-i", "metavar": "FILE..."},
     )
     output_dir: PathText | None = Field(
@@ -146,12 +151,17 @@ class Samples:
         items: list[Item] = []
         problems: list[str] = []
         places: dict[str, str] = {}
+        videos = typed.get("inference_type") != "text2world"
         for file in files:
-            for place, fields in read_file(file, problems):
+            if is_dataset(file):
+                samples = read_episodes(str(file), problems, videos)
+            else:
+                samples = ((file, *sample, None) for sample in read_file(file, problems))
+            for path, place, fields, span in samples:
                 if len(problems) >= MAX_PROBLEMS:
                     break
                 with collected(problems):
-                    item = make_item(file, place, fields, overrides, folder)
+                    item = make_item(path, place, fields, overrides, folder, span)
                     # some disks ignore case
                     first = places.setdefault(folded(item.label), item.place)
                     if first != item.place:
@@ -199,7 +209,8 @@ def named_files(flags: SampleFlags) -> tuple[list[Path], Path]:
         raise InputError(f"{words}: give -i FILE and -o DIR, or PARAMS_FILE OUTPUT_DIR")
     files: list[str] = []
     for name in inputs:
-        matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        single = is_dataset(name) or os.path.exists(name)
+        matches = [] if single else sorted(glob.glob(name, recursive=True))
         files += matches or [name]
     return [*map(Path, files)], Path(output)
 
@@ -214,9 +225,17 @@ def collected(problems: list[str]) -> Iterator[None]:
 
 
 def make_item(
-    file: Path, place: str, fields: Any, overrides: Mapping[str, Any], folder: Path
+    file: Path,
+    place: str,
+    fields: Any,
+    overrides: Mapping[str, Any],
+    folder: Path,
+    span: "Span | None" = None,
 ) -> Item:
-    """The video that a sample describes; relative paths of its own fields start at its file."""
+    """The video that a sample describes; relative paths of its own fields start at its file.
+
+    It continues `span` where it names no file.
+    """
     from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
 
     if not isinstance(fields, dict):
@@ -238,9 +257,9 @@ def make_item(
         if name in stated
     }
     count, kinds = INPUTS[sample.inference_type]
-    path = paths.get("input_path") if count else None
+    path = paths.get("input_path", span) if count else None
     try:
-        kind = None if path is None else media_kind(path)
+        kind = None if path is None else media_kind(Path(path))
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
     if kind not in kinds:
@@ -302,6 +321,22 @@ def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
             deep = isinstance(error, RecursionError)
             reason = "it is nested too deep" if deep else " ".join(str(error).split())
             raise InputError(f"{file}: it is not valid {form}: {reason}") from error
+
+
+def read_episodes(
+    name: str, problems: list[str], videos: bool
+) -> "Iterator[tuple[Path, str, Any, Span | None]]":
+    """File, place, fields and frames of the samples that episodes of a data set are."""
+    with collected(problems):
+        dataset = open_dataset(name, videos=videos)
+        for index, found in dataset.spans():
+            if isinstance(found, InputError):
+                problems.append(str(found))
+                continue
+            episode, span = found
+            kind = "text2world" if span is None else "video2world"
+            fields = {"name": episode.name, "inference_type": kind, "prompt": episode.task or None}
+            yield dataset.sources[0], dataset.place(index), fields, span
 
 
 def by_name(value: Mapping[str, Any]) -> Iterator[Any]:

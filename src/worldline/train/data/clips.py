@@ -22,11 +22,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from worldline.errors import InputError, counted
+from worldline.lerobot import is_dataset
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.text.encoder import EmbeddingCache
 from worldline.train.data.frames import Transform, to_signed
 from worldline.train.data.texts import Text, Texts
-from worldline.train.data.videos import MOST_NAMED, Video, ends_digest, list_videos, measure
+from worldline.train.data.videos import (
+    MOST_NAMED,
+    Video,
+    ends_digest,
+    list_videos,
+    measure,
+    measure_episodes,
+)
 from worldline.video.read import read_frames
 
 log = logging.getLogger(__name__)
@@ -209,17 +217,19 @@ class Clips(Dataset[Item]):
 
     def _key(self, video: Video, numbers: range) -> str:
         transform = asdict(replace(self.transform, largest_scale=0))
-        frames = numbers.start, len(numbers), numbers.step
-        place = str(video.path.resolve()), video.stamp
+        frames = _places(video, numbers)
+        if isinstance(frames, range):
+            frames = frames.start, len(frames), frames.step
+        place = str(video.file.resolve()), video.stamp
         return json.dumps([*place, frames, transform, str(self.dtype)])
 
     def _video(self, video: Video, numbers: range) -> Tensor:
-        status = video.path.stat()
+        status = video.file.stat()
         if (status.st_size, status.st_mtime_ns) != video.stamp:
-            raise InputError(f"{video.path} was changed since its frames were counted")
+            raise InputError(f"{video.file} was changed since its frames were counted")
         shape = 3, len(numbers), self.transform.height, self.transform.width
         levels = torch.empty(shape, dtype=torch.uint8)
-        frames = read_frames(video.path, numbers, video.times)
+        frames = read_frames(video.file, _places(video, numbers), video.times)
         for place, frame in enumerate(frames):  # of all in float32, 121 of 4K take 12 GB
             levels[:, place] = self.transform(frame)
         return levels if self.dtype is None else to_signed(levels, self.dtype)
@@ -235,11 +245,18 @@ class Clips(Dataset[Item]):
             "chunk_index": 0,
             "frame_start": numbers[0],
             "frame_end": numbers[-1],
-            "video_name": {"video_path": str(video.path), "start_frame_id": str(numbers[0])},
+            "video_name": {"video_path": str(video.file), "start_frame_id": str(numbers[0])},
             **(crop if transform.fit == "crop" else {}),
             "image_size": torch.tensor([*size, *size], dtype=torch.float32),
             "padding_mask": torch.zeros(1, *size, dtype=self.dtype or torch.float32),
         }
+
+
+def _places(video: Video, numbers: range) -> Sequence[int]:
+    """Numbers in its file of some frames of a video."""
+    if video.numbers is None:
+        return numbers
+    return video.numbers[numbers.start : numbers.stop : numbers.step]
 
 
 def open_clips(
@@ -257,7 +274,7 @@ def open_clips(
     """Samples of a folder; videos that cannot be used are logged, up to ten by name.
 
     Args, beside the attributes of `Clips`:
-        folder: of the videos, or one video.
+        folder: of the videos, or one video; or the name of a data set, whose tasks are its texts.
         released: which files count, see `list_videos`.
         store: file of the videos' measurements, see `measure`.
         ranks: processes that ask for the same; the first reads the folder.
@@ -268,8 +285,12 @@ def open_clips(
 
     def find() -> Clips:
         usable, problems = list[Video](), list[str]()
-        paths = list_videos(folder, released=released)
-        for path, video in measure(paths, store).items():
+        tasks: Mapping[Path, str] | None = None
+        if is_dataset(folder):
+            videos, tasks = measure_episodes(str(folder))
+        else:
+            videos = measure(list_videos(folder, released=released), store)
+        for path, video in videos.items():
             if isinstance(video, InputError):
                 problem = str(video)
             elif not window.count(video.frames):
@@ -283,7 +304,7 @@ def open_clips(
         if not usable:
             more = f", and {len(problems) - 2} more" if len(problems) > 2 else ""
             raise InputError(
-                f"{folder}: none of its {len(paths)} videos can be used: "
+                f"{folder}: none of its {len(videos)} videos can be used: "
                 f"{'; '.join(problems[:2])}{more}"
             )
         for problem in problems[:MOST_NAMED]:
@@ -292,7 +313,8 @@ def open_clips(
             log.warning("%d more videos are skipped", len(problems) - MOST_NAMED)
         place = usable[0].path.parent
         root = place.parent if place.name == "videos" else place
-        text = texts.find(root, [video.path for video in usable]) if texts else {}
+        source = texts and (texts if tasks is None else replace(texts, source=tasks))
+        text = source.find(root, [video.path for video in usable]) if source else {}
         return Clips(usable, window, transform, dtype, texts, text, cache, problems)
 
     return ranks.once(find)

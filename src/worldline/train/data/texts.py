@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ class Texts:
         source: "text" for `metas/{stem}.txt`, "json" for `captions/{stem}.json`, "beside" for
             `{stem}.txt` beside the videos, "auto" for the second where there is one, and the third
             where there is no folder `metas`; "embeddings" for `t5_xxl/{stem}.pickle`; or a file of
-            JSON lines with a video and a caption each.
+            JSON lines with a video and a caption each; or the captions by their videos.
         caption: of all videos, in place of a source.
         prompt_type: which of the captions of a JSON file, such as "long"; by default the first.
         width: numbers in a row of an embedding.
@@ -38,7 +38,7 @@ class Texts:
         empty: take an empty caption for one that is missing or cannot be read.
     """
 
-    source: str | Path = "auto"
+    source: str | Path | Mapping[Path, str] = "auto"
     caption: str | None = None
     prompt_type: str | None = None
     width: int = 1024
@@ -57,7 +57,7 @@ class Texts:
         """
         if self.caption is not None:
             return dict.fromkeys(videos, self.caption)
-        source: str | Path = self.source
+        source = self.source
         if source == "auto":
             beside = any(video.with_suffix(".txt").is_file() for video in videos)
             source = "beside" if beside and not (folder / "metas").is_dir() else "text"
@@ -76,8 +76,11 @@ class Texts:
             "json": ("captions/{}.json", partial(self._read_json, others)),
             "embeddings": ("t5_xxl/{}.pickle", lambda path: path.resolve(strict=True)),
         }
-        found, problems, where = dict[Path, Text](), dict[Path, str](), source
-        if source in places:
+        found, problems = dict[Path, Text](), dict[Path, str]()
+        where: str | Path = folder if isinstance(source, Mapping) else source
+        if isinstance(source, Mapping):
+            found |= {video: source[video] for video in videos if video in source}
+        elif source in places:
             name, read = places[source]
             where = folder / name.format("NAME")
             for video in videos:

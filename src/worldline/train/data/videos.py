@@ -9,16 +9,16 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import av
-import numpy as np
 
 from worldline.documents import read_json
 from worldline.errors import CheckpointError, InputError, one_line, strerror
 from worldline.files import replacing
+from worldline.lerobot import open_dataset
 from worldline.video.read import VIDEO_SUFFIXES, probe_times
+from worldline.video.span import Span, Steps, steps_of, times_of
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +27,19 @@ _RECIPE = [2, av.__version__]  # of measurements that are stored
 _END = 1 << 16  # bytes
 _THREADS = 32  # files wait for the disk more than for the processor
 
-Steps = Sequence[Sequence[int]]
-
 
 @dataclass(frozen=True)
 class Video:
     """A video and its measurements, as of `probe`.
 
     Attributes:
+        path: file; of an episode, its name below the file that holds it.
         stamp: size in bytes and time of modification in ns, of what was measured.
         fps: frames a second; 0 if unknown.
         steps: differences between the times of frames, ticks, each with its number of repeats; from
             0 on.
         digest: as of `ends_digest`.
+        numbers: frames of the file, where the video is an episode in it.
     """
 
     path: Path
@@ -50,12 +50,17 @@ class Video:
     fps: float
     steps: Steps
     digest: str
+    numbers: Sequence[int] | None = None
+
+    @property
+    def file(self) -> Path:
+        """File that holds the frames."""
+        return self.path if self.numbers is None else self.path.parent
 
     @property
     def times(self) -> list[int]:
         """When frames are displayed, ticks; empty where the file leaves it open."""
-        differences = [step for step, count in self.steps for _ in range(count)]
-        return np.cumsum(differences, dtype=np.int64).tolist()
+        return times_of(self.steps)
 
 
 def list_videos(folder: Path, *, released: bool = False) -> list[Path]:
@@ -128,8 +133,8 @@ def measure(paths: Collection[Path], store: Path | None = None) -> dict[Path, Vi
             return InputError(f"{path}: {strerror(error).lower()}")
         if info.kind == "image":
             return InputError(f"{path} is a picture")
-        steps = [[int(s), len([*same])] for s, same in groupby(np.diff(times, prepend=0))]
-        return Video(path, stamp, info.frames, info.height, info.width, info.fps, steps, digest)
+        facts = info.frames, info.height, info.width, info.fps, steps_of(times)
+        return Video(path, stamp, *facts, digest)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:  # whose race for filters
         videos = dict(zip(paths, pool.map(one, paths), strict=True))
@@ -146,3 +151,38 @@ def measure(paths: Collection[Path], store: Path | None = None) -> dict[Path, Vi
         except OSError as error:
             log.info("measurements of videos are not stored: %s", one_line(error))
     return videos
+
+
+def measure_episodes(name: str) -> tuple[dict[Path, Video | InputError], dict[Path, str]]:
+    """Measurements of the episodes of a data set, or why one has none, and their tasks.
+
+    Args:
+        name: as of `worldline.lerobot.open_dataset`.
+
+    Raises:
+        InputError: as of `open_dataset`.
+    """
+    dataset = open_dataset(name)
+    videos, tasks = dict[Path, Video | InputError](), dict[Path, str]()
+    for index, found in dataset.spans():
+        if isinstance(found, InputError):
+            videos[dataset.choice.folder / str(index)] = found
+            continue
+        episode, span = found
+        assert span
+        path = span.path / episode.name
+        videos[path], tasks[path] = _episode(path, span), episode.task
+    return videos, tasks
+
+
+def _episode(path: Path, span: Span) -> Video | InputError:
+    """An episode as a video."""
+    info, numbers = span.timeline.info, span.numbers[: span.head]
+    try:
+        status, content = span.path.stat(), ends_digest(span.path)
+    except OSError as error:
+        return InputError(f"{span}: {strerror(error).lower()}")
+    digest = hashlib.sha256(json.dumps([content, span.identity]).encode()).hexdigest()[:16]
+    stamp = status.st_size, status.st_mtime_ns
+    size = len(numbers), info.height, info.width, span.fps
+    return Video(path, stamp, *size, span.timeline.steps, digest, numbers)
