@@ -33,7 +33,8 @@ from worldline.cli.inputs import MEDIA, PROMPTS, TYPED_MEDIA, TYPED_TEXT_MEDIA, 
 from worldline.errors import InputError
 from worldline.family import Item
 from worldline.inputs import read_clip
-from worldline.lerobot import open_dataset, parse_choice
+from worldline.lerobot.choice import parse_choice
+from worldline.lerobot.dataset import open_dataset
 from worldline.train.data.clips import Clips, Window, open_clips
 from worldline.train.data.frames import Transform
 from worldline.train.data.texts import Texts

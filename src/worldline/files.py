@@ -18,6 +18,7 @@ from typing import Any
 from worldline.errors import CheckpointError, InputError, brief, strerror
 
 GIGABYTE = 1e9
+DATASET = "lerobot:"  # begins the name of a data set, which has a folder and parameters
 LONGEST_NAME = 255  # bytes, of every common file system
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 # with what a hub answers in place of a file that it does not give
@@ -142,6 +143,11 @@ def check_path(value: Any) -> Any:
         if re.match(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", text, re.IGNORECASE):
             raise InputError(f"{text:.80}: URLs are not fetched; save the file, and give its path")
     return value
+
+
+def is_dataset(name: object) -> bool:
+    """Whether a name is that of a data set, not of a file or a folder."""
+    return str(name).startswith(DATASET)
 
 
 def digest(path: Path, *, sampled: bool = False) -> str:

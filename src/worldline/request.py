@@ -26,8 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, UnknownOptionError, brief, did_you_mean, option
-from worldline.files import check_path
-from worldline.lerobot import is_dataset
+from worldline.files import check_path, is_dataset
 from worldline.shapes import Fit, VideoShape
 
 NEGATIVE_PROMPT = (

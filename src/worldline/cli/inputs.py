@@ -12,8 +12,7 @@ from pydantic import AfterValidator, Field
 from worldline.documents import MAX_PROBLEMS, read_entries
 from worldline.errors import InputError, brief, strerror
 from worldline.family import Item
-from worldline.files import check_path, file_name
-from worldline.lerobot import is_dataset, open_dataset
+from worldline.files import check_path, file_name, is_dataset
 from worldline.request import BatchFlags, Source, Text, VideoFlags
 from worldline.request import Path as Named
 
@@ -158,6 +157,8 @@ class Lines:
         self, name: str, folder: str, stated: Mapping[str, Any], input_type: str | None
     ) -> tuple[list[Item], list[str]]:
         """A video of each episode of a data set; its task is the prompt."""
+        from worldline.lerobot.dataset import open_dataset
+
         items, problems, visual = list[Item](), list[str](), VISUAL in self.needed
         dataset = open_dataset(name, videos=visual)
         needs_prompt = PROMPT in self.needed and EMBEDDINGS not in stated

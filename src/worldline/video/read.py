@@ -83,7 +83,6 @@ class MediaInfo(NamedTuple):
     width: int
     fps: float  # as of a clip
     notes: tuple[str, ...]
-    tick: Fraction = Fraction(0)  # seconds of one, of the times of frames
 
 
 def media_kind(path: str | Path) -> MediaKind:
@@ -110,20 +109,26 @@ def probe(path: str | Path) -> MediaInfo:
 
 def probe_times(path: str | Path) -> tuple[MediaInfo, list[int]]:
     """Measurements as of `probe`, and when frames are displayed, ticks; [] if the file lacks it."""
+    info, times, _ = probe_ticks(path)
+    return info, times
+
+
+def probe_ticks(path: str | Path) -> tuple[MediaInfo, list[int], Fraction]:
+    """Measurements and times as of `probe_times`, and the seconds of a tick; 0 if unknown."""
     path = Path(path)
     if _is_picture(path):
         clip = read_image(path)
         _, height, width, _ = clip.frames.shape
-        return MediaInfo("image", 1, height, width, 0.0, clip.notes), []
+        return MediaInfo("image", 1, height, width, 0.0, clip.notes), [], Fraction(0)
     with _opened(path) as video:
         first = next(video.frames())
         deque(video.packets, maxlen=0)  # counts them
         height, width, _ = video.to_rgb(first).shape
         count = len(video.delays) or video.count
         times = sorted({*video.times})
-        tick = video.stream.time_base or Fraction(0)
-        info = MediaInfo("video", count, height, width, video.fps, video.notes(), tick)
-        return info, times if len(times) == count == video.count else []
+        info = MediaInfo("video", count, height, width, video.fps, video.notes())
+        times = times if len(times) == count == video.count else []
+        return info, times, video.stream.time_base or Fraction(0)
 
 
 def check_written(path: str | Path, frames: int | None) -> None:

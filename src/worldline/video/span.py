@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from worldline.errors import InputError
-from worldline.video.read import MAX_FRAME, Clip, MediaInfo, check_pixels, probe_times, read_frames
+from worldline.video.read import MAX_FRAME, Clip, MediaInfo, check_pixels, probe_ticks, read_frames
 
 # differences between the times of frames, ticks, each with its number of repeats; from 0 on
 Steps: TypeAlias = Sequence[Sequence[int]]
@@ -32,11 +33,13 @@ class Timeline:
 
     Attributes:
         steps: empty where the file leaves it open.
+        tick: seconds.
     """
 
     path: Path
     info: MediaInfo
     steps: Steps
+    tick: Fraction
 
     def numbers(self, begin: float, count: int, fps: float) -> Sequence[int]:
         """Numbers of the frames of a recording, each displayed within half a frame of its time.
@@ -49,12 +52,12 @@ class Timeline:
         Raises:
             InputError: a frame is absent.
         """
-        if not self.steps or not self.info.tick:
+        if not self.steps or not self.tick:
             raise InputError(f"{self.path}: its frames have no times, so none can be found")
         if count > self.info.frames:
             raise InputError(f"{self.path}: it has {self.info.frames:,} of {count:,} frames")
         times = times_of(self.steps)
-        seconds = np.subtract(times, times[0]) * float(self.info.tick)
+        seconds = np.subtract(times, times[0]) * float(self.tick)
         wanted = begin + np.arange(count) / fps
         after = np.searchsorted(seconds, wanted).clip(0, len(seconds) - 1)
         before = (after - 1).clip(0)
@@ -79,10 +82,10 @@ def open_timeline(path: Path) -> Timeline:
     Raises:
         InputError: it is no video, or damaged.
     """
-    info, times = probe_times(path)
+    info, times, tick = probe_ticks(path)
     if info.kind == "image":
         raise InputError(f"{path} is a picture; give a video")
-    return Timeline(path, info, steps_of(times))
+    return Timeline(path, info, steps_of(times), tick)
 
 
 @dataclass(frozen=True)

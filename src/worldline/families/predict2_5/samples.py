@@ -20,8 +20,7 @@ from worldline.documents import MAX_PROBLEMS, listed, read_entries, read_text
 from worldline.errors import InputError, strerror
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
-from worldline.files import file_name, folded
-from worldline.lerobot import is_dataset, open_dataset
+from worldline.files import file_name, folded, is_dataset
 from worldline.request import BatchFlags, Options, Source, Text, VideoFlags
 from worldline.request import Path as PathText
 from worldline.yaml_documents import parse_yaml
@@ -327,6 +326,8 @@ def read_episodes(
     name: str, problems: list[str], videos: bool
 ) -> "Iterator[tuple[Path, str, Any, Span | None]]":
     """File, place, fields and frames of the samples that episodes of a data set are."""
+    from worldline.lerobot.dataset import open_dataset
+
     with collected(problems):
         dataset = open_dataset(name, videos=videos)
         for index, found in dataset.spans():

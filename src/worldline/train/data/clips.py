@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from worldline.errors import InputError, counted
-from worldline.lerobot import is_dataset
+from worldline.files import is_dataset
 from worldline.parallel.mesh import ALONE, Axis
 from worldline.text.encoder import EmbeddingCache
 from worldline.train.data.frames import Transform, to_signed

@@ -16,7 +16,7 @@ import av
 from worldline.documents import read_json
 from worldline.errors import CheckpointError, InputError, one_line, strerror
 from worldline.files import replacing
-from worldline.lerobot import open_dataset
+from worldline.lerobot.dataset import open_dataset
 from worldline.video.read import VIDEO_SUFFIXES, probe_times
 from worldline.video.span import Span, Steps, steps_of, times_of
 
@@ -157,7 +157,7 @@ def measure_episodes(name: str) -> tuple[dict[Path, Video | InputError], dict[Pa
     """Measurements of the episodes of a data set, or why one has none, and their tasks.
 
     Args:
-        name: as of `worldline.lerobot.open_dataset`.
+        name: as of `worldline.lerobot.dataset.open_dataset`.
 
     Raises:
         InputError: as of `open_dataset`.
