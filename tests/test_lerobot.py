@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
+import worldline.cli.fleet
 from tests.cli.conftest import run_words
 from tests.cli.results import check_mentions
+from tests.cli.test_fleet import InProcess
 from tests.lerobot_sets import (
     FILES,
     FPS,
@@ -171,6 +174,7 @@ def test_names_of_data_sets(tmp_path: Path) -> None:
         ("lerobot:a#episodes=a", "episodes a"),
         ("lerobot:a#episodes=1,,2", "episodes"),
         ("lerobot:a#stride=1&stride=2", "stride twice"),
+        ("LeRobot:no/folder", "no/folder"),
         ("lerobot:https://huggingface.co/x", "URL"),
         ("lerobot:no/such/folder", "no/such/folder"),
         (f"lerobot:{__file__}", "folder"),
@@ -187,7 +191,11 @@ def test_wrong_names(words: str, mentioned: str) -> None:
 
 
 def test_the_camera_must_be_named_where_there_are_several(sets: Path) -> None:
-    for camera, mentioned in (("", f"{FRONT} {WRIST} camera"), ("observation.images.frnt", FRONT)):
+    for camera, mentioned in (
+        ("", f"{FRONT} {WRIST} camera"),
+        ("observation.images.frnt", FRONT),
+        ("wrist", f"mean {WRIST}"),
+    ):
         with pytest.raises(InputError) as error:
             open_dataset(named(sets / "v3", camera))
         check_mentions(str(error.value), mentioned)
@@ -430,13 +438,18 @@ def test_a_batch_of_episodes(command: str, sets: Path, tmp_path: Path) -> None:
     assert again[1] != reports[1]  # of other frames
 
 
-def test_samples_of_episodes(sets: Path, tmp_path: Path) -> None:
+def test_samples_of_episodes(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = named(sets / "v2", episodes="1")
     words = ("predict2.5", "--model", FLOW, "-i", name, "-o", tmp_path, "--num_steps", 1)
     assert run_words(words).exit_code == 0
     report = json.loads((tmp_path / "episode_000001.json").read_text())
     assert report["request"]["prompt"] == TASKS[1]
     assert report["request"]["num_input_frames"] == 5
+    monkeypatch.setattr(worldline.cli.fleet, "import_driver", lambda: InProcess)
+    pickle.loads(pickle.dumps(spans_of(name)[1])).read(5)  # as another process has it
+    (tmp_path / "episode_000001.mp4").unlink()
+    assert run_words(("fleet", *words, "--resume")).exit_code == 0
+    assert (tmp_path / "episode_000001.mp4").exists()
     result = run_words((*words, "--inference_type", "image2world", "--dry_run"))
     assert result.exit_code == 0, result.output
 
@@ -455,6 +468,23 @@ def test_refusals_of_a_command(sets: Path, tmp_path: Path, fragment: str, mentio
     result = run_words((*words, f"lerobot:{sets / 'v3'}{fragment}"))
     assert result.exit_code == 2
     check_mentions(result.output, mentioned)
+
+
+def test_data_sets_in_the_wrong_place(sets: Path, tmp_path: Path) -> None:
+    folder, name = sets / "v3", named(sets / "v3")
+    command = ("autoregressive", "base", *COMMANDS["autoregressive base"])
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"visual_input": name}))
+    for words, mentioned in (
+        ((*command, "--batch_input_path", folder), f"lerobot:{folder} camera"),
+        (("train", AR, "--videos", folder, "--device", "cpu"), f"lerobot:{folder} camera"),
+        ((*command, "--input_image_or_video_path", name), "data set batch"),
+        ((*command, "--batch_input_path", lines), "line 1 data set"),
+        (("generate", AR, name), "data set batch"),
+    ):
+        result = run_words(words)
+        assert result.exit_code == 2
+        check_mentions(result.output, mentioned)
 
 
 # --- training

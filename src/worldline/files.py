@@ -140,6 +140,10 @@ def check_path(value: Any) -> Any:
                 raise ValueError
         except ValueError:
             raise InputError(f"{brief(text)} is not the name of a file") from None
+        if is_dataset(text):
+            raise InputError(
+                f"{text:.80}: it is a data set, not a file; give it to a command that makes a batch"
+            )
         if re.match(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", text, re.IGNORECASE):
             raise InputError(f"{text:.80}: URLs are not fetched; save the file, and give its path")
     return value
@@ -147,7 +151,18 @@ def check_path(value: Any) -> Any:
 
 def is_dataset(name: object) -> bool:
     """Whether a name is that of a data set, not of a file or a folder."""
-    return str(name).startswith(DATASET)
+    return str(name).lower().startswith(DATASET)
+
+
+def refuse_dataset(folder: Path) -> None:
+    """Refuse the folder of a data set in place of its name.
+
+    Raises:
+        InputError: it is one.
+    """
+    if (folder / "meta" / "info.json").is_file():
+        name = f"{DATASET}{folder}#camera=NAME"
+        raise InputError(f"{folder}: it is a LeRobot data set; give {name}")
 
 
 def digest(path: Path, *, sampled: bool = False) -> str:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from worldline.documents import MAX_PROBLEMS, read_entries
 from worldline.errors import InputError, brief, strerror
 from worldline.family import Item
-from worldline.files import check_path, file_name, is_dataset
+from worldline.files import check_path, file_name, is_dataset, refuse_dataset
 from worldline.request import BatchFlags, Source, Text, VideoFlags
 from worldline.request import Path as Named
 
@@ -122,6 +122,7 @@ class Lines:
             logger.info("--video_save_name has no effect: videos of a batch are numbered")
         if is_dataset(path):
             return self._episodes(path, flags.video_save_folder, stated, input_type)
+        refuse_dataset(Path(path))
         return self._batch(Path(path), flags.video_save_folder, stated, input_type)
 
     def _batch(

@@ -45,7 +45,11 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     "--config", help="Taken from released commands, without effect: experiments have names here."
 )
 @click.option("--list", "listed", is_flag=True, help="List the experiments and end.")
-@click.option("--videos", help="Folder of videos, with captions beside them where a model reads.")
+@click.option(
+    "--videos",
+    help="Folder of videos, with captions beside them where a model reads; or a data set, "
+    "lerobot:FOLDER#camera=NAME.",
+)
 @click.option("--caption", help="Caption of all videos.")
 @click.option("--max_steps", type=click.IntRange(min=1), help="Steps of the run.  [default: 1000]")
 @click.option("--resolution", help="Height and width, such as 384x640.  [default: the model's]")

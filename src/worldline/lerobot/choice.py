@@ -47,7 +47,7 @@ def parse_choice(name: str) -> Choice:
     Raises:
         InputError: it is of no folder, or has an unknown or wrong parameter.
     """
-    words = name.removeprefix(DATASET)
+    words = name[len(DATASET) :]
     place, _, parameters = words.rpartition("#") if "#" in words else (words, "", "")
     if Path(words).is_dir():  # with # in its own name
         place, parameters = words, ""

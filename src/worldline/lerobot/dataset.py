@@ -192,7 +192,8 @@ def _camera(path: Path, info: Mapping[str, Any], choice: Choice) -> str:
             )
         return several[0]
     if camera not in cameras:
-        near = did_you_mean(camera, cameras, 0.6)
+        ends = [name for name in cameras if name.endswith(f".{camera}")]
+        near = did_you_mean(ends[0] if ends else camera, cameras, 0.6)
         raise InputError(f"{path}: no camera {brief(camera)} among {listed}{near}")
     return camera
 

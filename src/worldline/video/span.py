@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from worldline.errors import InputError
 from worldline.video.read import MAX_FRAME, Clip, MediaInfo, check_pixels, probe_ticks, read_frames
@@ -23,8 +24,12 @@ def steps_of(times: Sequence[int]) -> Steps:
 
 def times_of(steps: Steps) -> list[int]:
     """Times that have such differences."""
-    differences = [step for step, count in steps for _ in range(count)]
-    return np.cumsum(differences, dtype=np.int64).tolist()
+    return _cumulated(steps).tolist()
+
+
+def _cumulated(steps: Steps) -> NDArray[np.int64]:
+    differences, counts = np.array(steps, np.int64).reshape(-1, 2).T
+    return np.cumsum(np.repeat(differences, counts))
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Timeline:
             raise InputError(f"{self.path}: its frames have no times, so none can be found")
         if count > self.info.frames:
             raise InputError(f"{self.path}: it has {self.info.frames:,} of {count:,} frames")
-        times = times_of(self.steps)
-        seconds = np.subtract(times, times[0]) * float(self.tick)
+        times = _cumulated(self.steps)
+        seconds = (times - times[0]) * float(self.tick)
         wanted = begin + np.arange(count) / fps
         after = np.searchsorted(seconds, wanted).clip(0, len(seconds) - 1)
         before = (after - 1).clip(0)

@@ -15,7 +15,7 @@ import av
 
 from worldline.documents import read_json
 from worldline.errors import CheckpointError, InputError, one_line, strerror
-from worldline.files import replacing
+from worldline.files import refuse_dataset, replacing
 from worldline.lerobot.dataset import open_dataset
 from worldline.video.read import VIDEO_SUFFIXES, probe_times
 from worldline.video.span import Span, Steps, steps_of, times_of
@@ -75,6 +75,7 @@ def list_videos(folder: Path, *, released: bool = False) -> list[Path]:
     """
     if folder.is_file():
         return [folder]
+    refuse_dataset(folder)
     inner = folder / "videos"
     place = inner if inner.is_dir() and not released else folder
     suffixes = (".mp4",) if released else VIDEO_SUFFIXES
