@@ -51,12 +51,16 @@ def expected(camera: str, episode: int, frames: Sequence[int]) -> list[tuple[int
 
 
 def write_frames(
-    path: Path, frames: Sequence[tuple[str, int, int]], codec: str = "libsvtav1", fps: int = FPS
+    path: Path,
+    frames: Sequence[tuple[str, int, int]],
+    codec: str = "libsvtav1",
+    fps: int = FPS,
+    group: int = 250,
 ) -> None:
-    """A video of drawn frames, with one key frame at its start or every 250 frames."""
+    """A video of drawn frames, with a key frame every `group` frames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as output:
-        stream: Any = output.add_stream(codec, rate=fps, options={"g": "250", "crf": "20"})
+        stream: Any = output.add_stream(codec, rate=fps, options={"g": f"{group}", "crf": "20"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.time_base = Fraction(1, fps)
         for number, place in enumerate(frames):

@@ -103,6 +103,16 @@ def test_every_frame_is_that_of_its_episode(sets: Path, layout: str, camera: str
         assert clip.fps == FPS
 
 
+def test_groups_of_pictures_within_episodes(copy: Callable[[str], Path]) -> None:
+    """An episode begins in the middle of a group, and goes on over several."""
+    folder = copy("v3")
+    frames = [(WRIST, episode, frame) for episode in (1, 2, 3) for frame in range(LENGTHS[episode])]
+    write_frames(folder / f"videos/{WRIST}/chunk-000/file-001.mp4", frames, group=7)
+    for episode, span in spans_of(named(folder, WRIST, episodes="1-3", start=2, frames=15)).items():
+        assert places(span.read(15).frames) == expected(WRIST, episode, range(2, 17))
+        assert places(span.read(3).frames) == expected(WRIST, episode, range(14, 17))
+
+
 @pytest.mark.parametrize("layout", ["v3", "v2"])
 def test_start_stride_and_frames_choose(sets: Path, layout: str) -> None:
     name = named(sets / layout, WRIST, episodes="1-2", start=4, stride=3, frames=7)
@@ -392,6 +402,11 @@ def test_readers_of_other_commands(sets: Path) -> None:
     assert (one.input, one.stated) == (None, {"prompt": TASKS[2]})
     stated = read(MEDIA, named(sets / "v3", frames=20), num_input_frames=9)[0].stated
     assert stated["num_input_frames"] == 9
+
+
+def test_a_prompt_takes_the_place_of_tasks(sets: Path) -> None:
+    stated = [item.stated for item in read(TYPED_TEXT_MEDIA, named(sets / "v3"), prompt="Wave.")]
+    assert stated == [{"prompt": "Wave."}] * 4
 
 
 def test_all_that_is_wrong_is_named_at_once(copy: Callable[[str], Path]) -> None:

@@ -116,7 +116,8 @@ class Lines:
             return [make_item(stated, single, input_type, output)], []
         [(source, path)] = paths.items()
         for name in (PROMPT,) if visual else (PROMPT, EMBEDDINGS):
-            if name in stated:
+            # a prompt takes the place of tasks
+            if name in stated and not (visual and is_dataset(path)):
                 raise InputError(f"--{name} and --{source} exclude each other; give one")
         if "video_save_name" in flags.model_fields_set:
             logger.info("--video_save_name has no effect: videos of a batch are numbered")
@@ -172,8 +173,10 @@ class Lines:
             place, fields = f"{dataset.place(index)} ({output.name})", dict(stated)
             if PROMPT in self.fields and episode.task:
                 fields = {PROMPT: episode.task, **stated}
-            elif needs_prompt:
-                problems.append(f"{place}: it has no task; leave it out by episodes=…")
+            elif needs_prompt and PROMPT not in stated:
+                problems.append(
+                    f"{place}: it has no task; give --{PROMPT} for all, or other episodes"
+                )
                 continue
             if visual and dataset.choice.frames is not None:
                 fields = {"num_input_frames": dataset.choice.frames, **fields}
