@@ -80,6 +80,14 @@ def test_frames_of_an_mp4_where_a_server_sends_no_others(tmp_path: Path) -> None
         assert (worldline.connect(stub.url, lossless=False).generate().frames == video.frames).all()
 
 
+def test_seeds_are_those_of_a_local_world(tmp_path: Path) -> None:
+    with Stub(tmp_path, make, fields={"seed": {"default": 1}}) as stub:
+        world = worldline.connect(stub.url)
+        for seed in (None, 0, 5):
+            world.generate(seed=seed)
+        assert [fields["seed"] for _, _, _, fields in stub.requests if fields] == [1, 0, 5]
+
+
 def test_damaged_frames_are_noticed(tmp_path: Path) -> None:
     def other(fields: dict[str, Any], input: Path | None) -> Iterator[Step]:
         yield Step("done", 1, 1, video=Video(noise(), 8, {"frames_sha256": 64 * "0"}))

@@ -191,6 +191,8 @@ class RemoteWorld:
             if not name.isidentifier() or name in ("model", "input_reference", "lossless"):
                 raise UnknownOptionError(f"{brief(name)} is no option of a request; leave it out")
         fields["model"] = self.name
+        if "seed" not in fields and isinstance(seed := self._default("seed"), int):
+            fields["seed"] = seed  # as a local world; a server draws one
         if self._lossless:
             fields["lossless"] = True
         form: Form | None = joined(input)
@@ -200,6 +202,11 @@ class RemoteWorld:
         with TemporaryDirectory(prefix="worldline-") as folder:
             file, media_type = self._as_file(form, input_type, fields, Path(folder))
             yield form_body(fields, "input_reference", file, media_type)
+
+    def _default(self, name: str) -> Any:
+        """Value that a field of a request has where it is not stated; None if unknown."""
+        schema = (self.facts.get("fields") or {}).get(name) or {}
+        return schema.get("default", (self.facts.get("defaults") or {}).get(name))
 
     def _as_file(
         self, form: Form, input_type: InputType | None, fields: Mapping[str, Any], folder: Path
@@ -223,8 +230,7 @@ class RemoteWorld:
         last, file = fields.get("num_input_frames"), folder / "input.mkv"
         if isinstance(last, int) and 0 < last < len(frames):
             frames = frames[-last:]  # no others are read
-        defaults = self.facts.get("defaults") or {}
-        rate = fields.get("fps") or defaults.get("fps")
+        rate = fields.get("fps") or self._default("fps")
         usable = isinstance(rate, int | float) and 0.1 <= rate <= 1000
         write_video(frames, file, rate if usable and rate else 24, lossless=True)
         return file, "video/x-matroska"
