@@ -8,6 +8,7 @@ from __future__ import annotations
 import email.parser
 import email.policy
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 from worldline.errors import Error, GuardrailRefusal
 from worldline.serve.errors import CODES
@@ -25,7 +27,7 @@ from worldline.video.write import write_video
 Make = Callable[[dict[str, Any], Path | None], Iterator[Step]]
 MODEL = "tiny-Cosmos-Predict1-4B"
 FACTS = {
-    "family": "autoregressive base",
+    "family": "autoregressive",
     "inputs": ["image", "video"],
     "fields": {"seed": {"type": "integer"}, "lossless": {"type": "boolean", "default": False}},
     "defaults": {"num_video_frames": 33, "height": 128, "width": 192, "fps": 25},
@@ -44,7 +46,14 @@ class Stub:
     """
 
     def __init__(
-        self, folder: Path, make: Make, *, key: str | None = None, prefix: str = "", **facts: Any
+        self,
+        folder: Path,
+        make: Make,
+        *,
+        key: str | None = None,
+        prefix: str = "",
+        tls: ssl.SSLContext | None = None,
+        **facts: Any,
     ) -> None:
         self.folder, self.make, self.key, self.prefix = folder, make, key, prefix
         self.models: dict[str, Any] = {MODEL: {**FACTS, **facts}}
@@ -59,7 +68,9 @@ class Stub:
         self.changed = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = False  # joined at the end
-        self.url = f"http://127.0.0.1:{self._server.server_port}{prefix}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' * bool(tls)}://127.0.0.1:{self._server.server_port}{prefix}"
         self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.01,))]
 
     def __enter__(self) -> Stub:
@@ -156,6 +167,9 @@ class Stub:
                 if path == "/v1/models":
                     data_ = [{"id": name, "worldline": w} for name, w in stub.models.items()]
                     return self.answer(200, {"object": "list", "data": data_})
+                if path.startswith("/v1/models/"):
+                    name = unquote(path.removeprefix("/v1/models/"))
+                    return self.answer(200, {"id": name, "worldline": stub.models[name]})
                 if (self.command, path) == ("POST", "/v1/videos"):
                     key = self.headers["Idempotency-Key"] or ""
                     return self.answer(200, stub.create(fields, data, key))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,7 +25,6 @@ from worldline.client.wire import Events, RemoteError, error_of, parse_url
 from worldline.errors import GuardrailRefusal, InputError, InsufficientMemoryError
 from worldline.step import Step, Video
 from worldline.video.read import read_video
-from worldline.video.write import write_video
 
 from .stub_server import MODEL, Stub
 
@@ -67,7 +69,7 @@ def test_a_video_with_its_frames_report_and_rate(stub: Stub) -> None:
     assert seen[-1].kind == "done"
     assert seen[-1].frames is video.frames
     [(_, _, headers, fields)] = [r for r in stub.requests if r[:2] == ("POST", "/v1/videos")]
-    assert fields == {"prompt": "a ball", "seed": 7, "model": MODEL}  # `lossless` was taken out
+    assert fields == {"prompt": "a ball", "seed": 7, "model": MODEL}  # the stub took `lossless`
     assert len(headers["Idempotency-Key"]) == 32
     assert not stub.cancelled
 
@@ -80,12 +82,26 @@ def test_frames_of_an_mp4_where_a_server_sends_no_others(tmp_path: Path) -> None
         assert (worldline.connect(stub.url, lossless=False).generate().frames == video.frames).all()
 
 
-def test_seeds_are_those_of_a_local_world(tmp_path: Path) -> None:
-    with Stub(tmp_path, make, fields={"seed": {"default": 1}}) as stub:
+@pytest.mark.parametrize(("family", "default"), [("autoregressive", 0), ("diffusion", 1)])
+def test_seeds_are_those_of_a_local_world(tmp_path: Path, family: str, default: int) -> None:
+    with Stub(tmp_path, make, family=family) as stub:
         world = worldline.connect(stub.url)
         for seed in (None, 0, 5):
             world.generate(seed=seed)
-        assert [fields["seed"] for _, _, _, fields in stub.requests if fields] == [1, 0, 5]
+        assert [fields["seed"] for _, _, _, fields in stub.requests if fields] == [default, 0, 5]
+
+
+def test_a_world_that_is_loaded_later(tmp_path: Path) -> None:
+    with Stub(tmp_path, make) as stub:
+        facts = stub.models[MODEL]
+        stub.models[MODEL] = {"state": "loading"}
+        impatient = worldline.connect(stub.url, patience=0)
+        with pytest.raises(RemoteError, match="loading"):
+            impatient.generate()
+        world = worldline.connect(stub.url)
+        stub.models[MODEL] = facts
+        assert world.generate().report["lossless"] is True
+        assert world.facts == facts
 
 
 def test_damaged_frames_are_noticed(tmp_path: Path) -> None:
@@ -119,7 +135,7 @@ def test_pictures_and_files_arrive_as_they_are(stub: Stub, tmp_path: Path) -> No
     assert stub.inputs[1] == CLIP.read_bytes()
     first, second = (fields for method, _, _, fields in stub.requests if method == "POST")
     assert first == {"seed": "3", "model": MODEL, "tags": [1, {"a": True}]}
-    assert second == {"model": MODEL}
+    assert second == {"seed": "0", "model": MODEL}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,7 @@ def test_pictures_and_files_arrive_as_they_are(stub: Stub, tmp_path: Path) -> No
         (None, {"prompt_embeddings": Path("x.pt")}, "prompt_embeddings"),
         (None, {"prompt_embeddings": np.zeros(3)}, "prompt_embeddings"),
         (None, {'a"b': 1}, "a"),
+        (None, {"model": "b"}, "model"),
         (None, {"lossless": True}, "lossless"),
         (None, {"progress": 3}, "progress"),
     ],
@@ -291,6 +308,24 @@ def test_keys_and_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             worldline.connect(stub.url, "a\nHost: b")
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=x"
+    name = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        ["openssl", *words.split(), *name], cwd=tmp_path, check=True, capture_output=True
+    )
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with Stub(tmp_path, make, tls=tls) as stub:
+        with pytest.raises(RemoteError, match="certificate"):
+            worldline.connect(stub.url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert (worldline.connect(stub.url).generate(CLIP).frames == noise()).all()
+        with pytest.raises(RemoteError):
+            worldline.connect(stub.url.replace("https", "http"))
+
+
 def test_several_worlds(tmp_path: Path) -> None:
     with Stub(tmp_path, make) as stub:
         stub.models |= {"tiny-Cosmos-Predict2.5-2B": {}}
@@ -435,21 +470,24 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
 
 
 def test_frames_equal_those_of_a_local_world(tmp_path: Path) -> None:
-    world = worldline.load(MODEL)
+    name = "tiny-Cosmos-Predict2.5-2B"
+    world = worldline.load(name)
 
     def real(fields: dict[str, Any], input: Path | None) -> Iterator[Step]:
-        assert fields.pop("model") == MODEL
-        yield from world.stream(input, **{name: int(value) for name, value in fields.items()})
+        assert fields.pop("model") == name
+        prompt = fields.pop("prompt")
+        numbers = {name: json.loads(value) for name, value in fields.items()}  # texts of a form
+        yield from world.stream(input, prompt=prompt, **numbers)
 
-    frames = read_video(CLIP).frames[:9]
-    options = {"seed": 5, "num_input_frames": 9}
-    local = world.generate(frames, **options)
-    with Stub(tmp_path, real) as stub:
-        remote = worldline.connect(stub.url).generate(frames, **options)
+    frames = read_video(CLIP).frames[:7]
+    options = {"num_input_frames": 5, "num_video_frames": 9, "num_steps": 2, "guidance": 0.0}
+    local = world.generate(frames, prompt="a ball", **options)
+    with Stub(tmp_path, real, family="predict2.5") as stub:
+        stub.models[name] = stub.models.pop(MODEL)
+        remote = worldline.connect(stub.url).generate(frames, prompt="a ball", **options)
     assert (remote.frames == local.frames).all()
     assert remote.fps == local.fps
     assert remote.report["request"] == local.report["request"]
-    remote.save(tmp_path / "remote.mp4")
-    local.save(tmp_path / "local.mp4")
+    for video, path in ((remote, tmp_path / "remote.mp4"), (local, tmp_path / "local.mp4")):
+        video.save(path)
     assert (tmp_path / "remote.mp4").read_bytes() == (tmp_path / "local.mp4").read_bytes()
-    write_video(local.frames, tmp_path / "other.mp4", local.fps)

@@ -32,6 +32,7 @@ from worldline.client.wire import (
     json_body,
 )
 from worldline.errors import Error, InputError, UnknownOptionError, brief, did_you_mean, option
+from worldline.family import FAMILIES, requests_of
 from worldline.inputs import Form, Input, InputType, describe, joined, kind_of, read_clip
 from worldline.step import Bar, Step, Video
 from worldline.video.read import Frames, read_image, read_video, to_rgb
@@ -97,7 +98,7 @@ class RemoteWorld:
         self, server: Server, name: str, facts: Mapping[str, Any], lossless: bool = True
     ) -> None:
         self._server, self.name, self.facts, self.url = server, name, facts, server.url
-        self._lossless = lossless and "lossless" in (facts.get("fields") or {})
+        self._lossless = lossless
 
     def __repr__(self) -> str:
         return f"RemoteWorld({self.name!r}, {self.url!r})"
@@ -149,10 +150,22 @@ class RemoteWorld:
         next(steps)  # from here on it is on the server, and closing the generator cancels it
         return steps
 
+    def _wait_until_loaded(self) -> None:
+        """Wait for a world that the server still loads: what it takes is known only then."""
+        begin = time.monotonic()
+        while self.facts.get("state") == "loading":
+            if time.monotonic() - begin > self._server.patience:
+                raise RemoteError(f"{self.url}: {self.name} is still loading; try later", 503)
+            time.sleep(0.5)
+            entry = self._server.json("GET", f"/v1/models/{quote(self.name, safe='')}")
+            self.facts = entry.get("worldline") or {}
+
     def _follow(
         self, input: Input | None, input_type: InputType | None, options: Mapping[str, Any]
     ) -> Generator[Step, None, None]:
-        with self._request(input, input_type, options) as body:
+        self._wait_until_loaded()
+        exact = self._lossless and "lossless" in (self.facts.get("fields") or {})
+        with self._request(input, input_type, options, exact) as body:
             # one key for all attempts, by which the server knows a second one
             headers = {"Idempotency-Key": secrets.token_hex(16)}
             record = self._server.json("POST", _VIDEOS, body, headers)
@@ -175,12 +188,16 @@ class RemoteWorld:
             raise RemoteError(f"{record['id']} was cancelled on {self.url}", code="video_cancelled")
         if record["status"] == "failed":
             raise error_of(record.get("error") or {})
-        video = self._result(place, record)
+        video = self._result(place, record, exact)
         yield Step("done", 1, 1, video.frames, video=video)
 
     @contextmanager
     def _request(
-        self, input: Input | None, input_type: InputType | None, options: Mapping[str, Any]
+        self,
+        input: Input | None,
+        input_type: InputType | None,
+        options: Mapping[str, Any],
+        exact: bool,
     ) -> Iterator[Body]:
         """Body of the request; files that were made for it last as long."""
         if input_type not in ("image", "video", None):
@@ -190,11 +207,10 @@ class RemoteWorld:
         for name in fields:
             if not name.isidentifier() or name in ("model", "input_reference", "lossless"):
                 raise UnknownOptionError(f"{brief(name)} is no option of a request; leave it out")
-        fields["model"] = self.name
-        if "seed" not in fields and isinstance(seed := self._default("seed"), int):
-            fields["seed"] = seed  # as a local world; a server draws one
-        if self._lossless:
-            fields["lossless"] = True
+        fields |= {"model": self.name, **({"lossless": True} if exact else {})}
+        if "seed" not in fields and (family := str(self.facts.get("family"))) in FAMILIES:
+            # a server would draw one
+            fields["seed"] = requests_of(family).REQUEST.model_fields["seed"].default
         form: Form | None = joined(input)
         if form is None:
             yield json_body(fields)
@@ -202,11 +218,6 @@ class RemoteWorld:
         with TemporaryDirectory(prefix="worldline-") as folder:
             file, media_type = self._as_file(form, input_type, fields, Path(folder))
             yield form_body(fields, "input_reference", file, media_type)
-
-    def _default(self, name: str) -> Any:
-        """Value that a field of a request has where it is not stated; None if unknown."""
-        schema = (self.facts.get("fields") or {}).get(name) or {}
-        return schema.get("default", (self.facts.get("defaults") or {}).get(name))
 
     def _as_file(
         self, form: Form, input_type: InputType | None, fields: Mapping[str, Any], folder: Path
@@ -230,7 +241,7 @@ class RemoteWorld:
         last, file = fields.get("num_input_frames"), folder / "input.mkv"
         if isinstance(last, int) and 0 < last < len(frames):
             frames = frames[-last:]  # no others are read
-        rate = fields.get("fps") or self._default("fps")
+        rate = fields.get("fps") or (self.facts.get("defaults") or {}).get("fps")
         usable = isinstance(rate, int | float) and 0.1 <= rate <= 1000
         write_video(frames, file, rate if usable and rate else 24, lossless=True)
         return file, "video/x-matroska"
@@ -259,11 +270,11 @@ class RemoteWorld:
         with suppress(Error):  # it ended meanwhile, or the server is gone
             self._server.json("POST", f"{place}/cancel", patience=_CANCEL_SECONDS)
 
-    def _result(self, place: str, record: Mapping[str, Any]) -> Video:
+    def _result(self, place: str, record: Mapping[str, Any], exact: bool) -> Video:
         """Finished video, from the server's files."""
         with TemporaryDirectory(prefix="worldline-") as folder:
             file = Path(folder, "video")
-            exact = self._lossless and self._try("lossless", place, file)
+            exact = exact and self._try("lossless", place, file)
             if not exact:
                 self._server.download(f"{place}/content", file)
             clip = read_image(file) if kind_of(file) == "image" else read_video(file)
