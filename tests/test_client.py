@@ -255,6 +255,21 @@ def test_broken_downloads_begin_again(stub: Stub) -> None:
     world = worldline.connect(stub.url)
     stub.failures["GET", "/content"] = [(200, b"short", {"Content-Length": "9999"})]
     assert (world.generate().frames == noise()).all()
+    damaged = [(404, b"", {}), (200, b"<html>Welcome</html>", {})]  # no lossless file, and no other
+    stub.failures["GET", "/content"] = damaged
+    with pytest.raises(RemoteError, match="no video"):
+        world.generate()
+
+
+def test_other_servers(stub: Stub) -> None:
+    """A server of OpenAI's routes alone: no events, no report, no words about its worlds."""
+    stub.models[MODEL] = None
+    stub.failures["GET", "/events"] = 99 * [(404, b'{"detail": "Not Found"}', {})]
+    world = worldline.connect(stub.url)
+    assert (world.facts, world.generate(prompt="x").frames.shape) == ({}, noise().shape)
+    stub.failures["POST", "/v1/videos"] = [(200, {"detail": "hello"}, {})]
+    with pytest.raises(RemoteError, match="/v1/videos"):
+        world.generate()
 
 
 def test_closing_cancels(tmp_path: Path) -> None:

@@ -254,21 +254,25 @@ class Server:
         return answer
 
     def download(self, path: str, file: Path) -> None:
-        """Write a body to a file, whole; a broken transfer begins again."""
+        """Write a body to a file, whole; a broken transfer begins again.
+
+        Raises:
+            Error: it cannot be had, or the disk of this machine is full.
+        """
         begin = time.monotonic()
         while True:
-            try:
-                with closing(self.open("GET", path)) as response, file.open("wb") as target:
-                    expected = response.length
-                    while chunk := response.read(_CHUNK):
-                        target.write(chunk)
-                    if expected is not None and target.tell() != expected:
-                        raise http.client.IncompleteRead(b"", expected - target.tell())
-                return
-            except (OSError, http.client.HTTPException) as error:
-                if time.monotonic() - begin > self.patience:
-                    raise self.unreachable(error) from error
-                time.sleep(0.5)
+            with closing(self.open("GET", path)) as response:
+                try:
+                    with file.open("wb") as target:
+                        for chunk in _chunks(response):
+                            target.write(chunk)
+                    return
+                except http.client.HTTPException as error:
+                    if time.monotonic() - begin > self.patience:
+                        raise self.unreachable(error) from error
+                except OSError as error:
+                    raise Error(f"{file} cannot be written: {strerror(error)}") from error
+            time.sleep(0.5)
 
     def unreachable(self, error: Exception) -> RemoteError:
         reason = strerror(error) or type(error).__name__
@@ -315,6 +319,23 @@ class Server:
         place = f"; give {response.headers['Location']}" if "Location" in response.headers else ""
         reason = f"{self.url} answers {response.status} {response.reason}{place:.200}"
         return RemoteError(printable(reason), response.status)
+
+
+def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Body in pieces.
+
+    Raises:
+        http.client.HTTPException: it is not whole, whatever broke.
+    """
+    missing = response.length
+    try:
+        while chunk := response.read(_CHUNK):
+            missing = None if missing is None else missing - len(chunk)
+            yield chunk
+    except OSError as error:
+        raise http.client.HTTPException(strerror(error)) from error
+    if missing:
+        raise http.client.IncompleteRead(b"", missing)
 
 
 def parse_url(url: str) -> tuple[str, str, int | None, str, bool]:

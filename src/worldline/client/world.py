@@ -169,24 +169,26 @@ class RemoteWorld:
             # one key for all attempts, by which the server knows a second one
             headers = {"Idempotency-Key": secrets.token_hex(16)}
             record = self._server.json("POST", _VIDEOS, body, headers)
-        place = f"{_VIDEOS}/{quote(str(record.get('id')), safe='')}"
-        ended = False
+        identity, end = record.get("id"), ""
+        if not isinstance(identity, str):
+            raise RemoteError(f"{self.url}{_VIDEOS} does not answer as a worldline server does")
+        place = f"{_VIDEOS}/{quote(identity, safe='')}"
         try:
             step = Step("queue", 0, 1)
             yield step
             for event in self._events(place):
-                if ended := event.name in _ENDS:
-                    record = event.data
+                if event.name in _ENDS:
+                    end, record = event.name, event.data
                     break
                 if new := _step_of(event, step):
                     step = new
                     yield step
         finally:
-            if not ended:
+            if not end:
                 self._cancel(place)
-        if record["status"] == "cancelled":
-            raise RemoteError(f"{record['id']} was cancelled on {self.url}", code="video_cancelled")
-        if record["status"] == "failed":
+        if end == "cancelled":
+            raise RemoteError(f"{identity} was cancelled on {self.url}", code="video_cancelled")
+        if end == "failed":
             raise error_of(record.get("error") or {})
         video = self._result(place, record, exact)
         yield Step("done", 1, 1, video.frames, video=video)
@@ -277,7 +279,12 @@ class RemoteWorld:
             exact = exact and self._try("lossless", place, file)
             if not exact:
                 self._server.download(f"{place}/content", file)
-            clip = read_image(file) if kind_of(file) == "image" else read_video(file)
+            try:
+                clip = read_image(file) if kind_of(file) == "image" else read_video(file)
+            except InputError as error:
+                raise RemoteError(
+                    f"{self.url}{place}: the server's file is no video: {error}"
+                ) from None
         frames = clip.frames
         height, width = record.get("height"), record.get("width")
         if isinstance(height, int) and isinstance(width, int):
