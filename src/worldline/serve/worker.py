@@ -80,9 +80,16 @@ def keep_to_parent(hello: dict[str, Any] | None) -> None:
 
 
 class Worker:
-    """A world behind a socket: the main thread makes videos, another answers meanwhile."""
+    """A world behind a socket: the main thread makes videos, another answers meanwhile.
 
-    def __init__(self, line: Line, world: str, options: dict[str, Any]) -> None:
+    Attributes:
+        line: the socket; all that goes to the parent is sent by it.
+        batches: to make, in order; None ends the worker.
+        maker: of the videos, once the world is loaded.
+        peak: bytes of memory.
+    """
+
+    def __init__(self, line: Any, world: str, options: dict[str, Any]) -> None:
         self.line, self.name, self.options = line, world, options
         self.batches: queue.SimpleQueue[tuple[int, list[Any]] | None] = queue.SimpleQueue()
         self.maker: Any = None
@@ -104,6 +111,11 @@ class Worker:
             self.line.send({"event": "unloadable", "message": reason})
             self.end(1)
         reader.start()
+        self.make()
+        self.end(0)
+
+    def make(self) -> None:
+        """Make one batch after another, until the worker is to end."""
         while (batch := self.batches.get()) is not None:
             from worldline.serve.making import DeviceLost
 
@@ -115,7 +127,6 @@ class Worker:
             if self.maker.stopping:
                 break
         self.maker.finish()
-        self.end(0)
 
     def load(self, started: float) -> None:
         from worldline.serve.checks import facts
@@ -139,7 +150,7 @@ class Worker:
 
         while (message := self.line.receive()) is not None:
             if "check" in message:
-                self.check(message)
+                self.line.send(self.check(message))
             elif "run" in message:
                 tasks = [Task(**task) for task in message["tasks"]]
                 self.maker.add(tasks)
@@ -147,11 +158,16 @@ class Worker:
             elif "cancel" in message:
                 self.maker.cancel(message["cancel"])
             elif "stop" in message:
-                self.maker.stopping = True
-                self.batches.put(None)
+                self.stop()
         self.end(0)
 
-    def check(self, message: dict[str, Any]) -> None:
+    def stop(self) -> None:
+        """Have `make` return after the current step, and files that are being written."""
+        self.maker.stopping = True
+        self.batches.put(None)
+
+    def check(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request that is to be checked."""
         from worldline.serve.checks import check
         from worldline.serve.errors import ApiError
 
@@ -168,7 +184,7 @@ class Worker:
             logger.exception("a request cannot be checked")
             words = "The server failed to check this request; its log has the reason."
             answer |= {"event": "refused", "code": "internal_error", "message": words}
-        self.line.send(answer)
+        return answer
 
     def beat(self) -> None:
         """Send signs of life, and the peak of memory so far."""

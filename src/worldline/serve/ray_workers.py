@@ -1,0 +1,436 @@
+"""Workers that are actors of a Ray cluster, seen from the API process; needs no torch there.
+
+An actor owns a world, as a worker process of this machine does, and Ray places it on a node that
+has GPUs for it. Inputs travel to it and files back as bytes, so that nodes share no disk with the
+API process. Ray repeats no call and restarts no actor: the queue decides what follows a death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import logging
+import os
+import queue
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from worldline.errors import Error, one_line
+from worldline.files import remove, replacing_all
+from worldline.fleet.driver import connect
+from worldline.serve.errors import ApiError
+from worldline.serve.folder import synchronise
+from worldline.serve.media import probe
+from worldline.serve.records import Checked, Facts, MediaKind, Task, WorkerDied
+
+logger = logging.getLogger(__name__)
+
+_BEAT_S = 2.0
+_LOOK_S = 30.0  # between lines about a worker that waits for room
+_STOP_S = 120.0  # for a step to end, at most
+_ARRIVE_S = 5.0  # for its files to arrive
+_ENDS = ("done", "failed", "cancelled")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# calls of a group wait for each other alone: a world answers while it makes videos
+_GROUPS = {"make": 4, "ask": 4}
+
+
+class Process:
+    """The process of an actor: a world, or its share of one that several GPUs hold."""
+
+    def __init__(self, folder: Path) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        with suppress(OSError):  # where the API process finds its models
+            os.chdir(folder)
+        self._worker: Any = None
+        self._making: threading.Thread | None = None
+        self._answer: dict[str, Any] = {}
+        self._batches: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {}
+
+    @ray.method(concurrency_group="ask")
+    def address(self) -> tuple[str, int]:
+        """Address of the node, and a port that is free."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    @ray.method(concurrency_group="make")
+    def load(
+        self, world: str, options: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Facts of the world, once it is loaded; or {"message"}: why it is not."""
+        from worldline.serve.worker import Worker
+
+        os.environ.update(environment)
+        worker = self._worker = Worker(self, world, dict(options))
+        try:
+            worker.load(time.monotonic())
+        except Exception as error:
+            if not isinstance(error, Error):
+                logger.exception("%s cannot load", world)
+            return {"message": str(error) if isinstance(error, Error) else one_line(error)}
+        self._making = threading.Thread(target=self._make, name="make", daemon=True)
+        self._making.start()
+        facts: dict[str, Any] = self._answer["facts"]
+        return facts
+
+    def _make(self) -> None:
+        self._worker.make()
+        for events in [*self._batches.values()]:
+            events.put(None)
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Take an event of the worker, as its socket elsewhere does."""
+        events = self._batches.get(event.pop("batch", 0))
+        if events is not None:
+            events.put(event)
+        elif event["event"] == "ready":
+            self._answer = event
+
+    @ray.method(concurrency_group="make")
+    def run(
+        self, number: int, tasks: Sequence[Task], inputs: Mapping[str, bytes]
+    ) -> Iterator[dict[str, Any]]:
+        """Events of a batch, as of `records.Worker.run`; done has "files", their contents by name.
+
+        Args:
+            number: of the batch.
+            tasks: their inputs are names, their folders are the API process's.
+            inputs: contents by id.
+        """
+        events = self._batches[number] = queue.SimpleQueue()
+        missing, free = {task.id for task in tasks}, False
+        with tempfile.TemporaryDirectory(prefix="worldline-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            here = [_place(task, folder, inputs.get(task.id)) for task in tasks]
+            self._worker.maker.add(here)
+            self._worker.batches.put((number, here))
+            try:
+                while (missing or not free) and (event := events.get()) is not None:
+                    free = free or event["event"] == "free"
+                    if event["event"] in _ENDS:
+                        missing.discard(event["id"])
+                    if event["event"] == "done":
+                        made = folder / event["id"]
+                        event["files"] = {path.name: path.read_bytes() for path in made.iterdir()}
+                        remove(made)
+                    yield event
+            finally:
+                del self._batches[number]
+
+    @ray.method(concurrency_group="ask")
+    def check(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request, while videos are made, too."""
+        answer: dict[str, Any] = self._worker.check(message)
+        return answer
+
+    @ray.method(concurrency_group="ask")
+    def cancel(self, id: str) -> None:
+        """End a task at its next step."""
+        self._worker.maker.cancel(id)
+
+    @ray.method(concurrency_group="ask")
+    def heartbeat(self) -> int:
+        """Peak bytes of memory."""
+        peak: int = self._worker.measure()
+        return peak
+
+    @ray.method(concurrency_group="ask")
+    def stop(self) -> None:
+        """End after the current step, and files that are being written."""
+        self._worker.stop()
+        if self._making is not None:
+            self._making.join()
+
+
+def _place(task: Task, folder: Path, content: bytes | None) -> Task:
+    """A task with its files in a folder of this node."""
+    path = None if task.input is None else folder / Path(task.input).name
+    if path is not None and content is not None:
+        path.write_bytes(content)
+    return replace(task, input=None if path is None else str(path), folder=str(folder / task.id))
+
+
+class RayWorker:
+    """A world in an actor, see `records.Worker`; where it has several GPUs, in one actor each."""
+
+    def __init__(self, world: str, name: str, options: Mapping[str, Any], *, gpus: int = 1) -> None:
+        """A worker that is not started; a cluster is connected.
+
+        Args:
+            world: name or path, as of `worldline.load`.
+            name: such as "tiny-Cosmos-Predict1-4B/0".
+            options: load options.
+            gpus: that make a video together; 0 for none.
+        """
+        self.world, self.name, self.options = world, name, dict(options)
+        self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
+        self.facts: Facts | None = None
+        self.heartbeat = time.monotonic()
+        self.peak_bytes = 0
+        self._gpus = gpus
+        self._actors: list[Any] = []
+        self._group: Any = None
+        self._numbers = itertools.count(1)
+        self._running: set[int] = set()  # batches
+        self._unfreed = 0
+        self._cancelled: set[str] = set()
+        self._reason = ""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start the actor, once a node has room, and wait until its world is loaded.
+
+        Raises:
+            WorkerDied: it cannot load; the message holds the reason.
+        """
+        try:
+            self._begin()
+            address = await self._patiently(_one(self._actors[0].address.remote()))
+            loads = [
+                actor.load.remote(self.world, self.options, self._environment(rank, *address))
+                for rank, actor in enumerate(self._actors)
+            ]
+            answers = await self._patiently(_all(loads))
+        except RayError as error:
+            await self.stop(kill=True)
+            raise WorkerDied(f"{self.name} ended while it was loaded: {one_line(error)}") from None
+        except BaseException:
+            await self.stop(kill=True)
+            raise
+        if messages := [answer["message"] for answer in answers if "message" in answer]:
+            await self.stop(kill=True)
+            raise WorkerDied(f"{self.name} cannot load: {messages[0]}")
+        self.facts, self.state = Facts(**answers[0]), "ready"
+        self.heartbeat = time.monotonic()
+        self._tasks = [asyncio.create_task(self._beat(actor)) for actor in self._actors]
+
+    def _begin(self) -> None:
+        """Ask for the actors; they start once the cluster has room."""
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": min(1, self._gpus)}
+        if self._gpus > 1:  # on one node, which must have room for all
+            self._group = placement_group([{"CPU": 1, "GPU": 1}] * self._gpus, "STRICT_PACK")
+        remote: Any = ray.remote(
+            max_restarts=0, max_task_retries=0, concurrency_groups=_GROUPS, **options
+        )(Process)
+        for rank in range(max(1, self._gpus)):
+            placed = {}
+            if self._group is not None:
+                placed["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, rank)
+            self._actors.append(remote.options(**placed).remote(Path.cwd()))
+
+    def _environment(self, rank: int, host: str, port: int) -> dict[str, str]:
+        """What names a process among those of its world, as torchrun would."""
+        if self._gpus <= 1:
+            return {}
+        shared = {"WORLD_SIZE": str(self._gpus), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        return {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+    async def _patiently(self, work: Awaitable[Any]) -> Any:
+        """Result of some work; each half minute a line about what it waits for."""
+        future = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait([future], timeout=_LOOK_S))[0]:
+                has = ray.available_resources()
+                logger.info(
+                    "%s: loads, or waits for a node with %d GPU and %d CPU; the cluster has %g "
+                    "and %g free",
+                    *(self.name, self._gpus, len(self._actors)),
+                    *(has.get("GPU", 0), has.get("CPU", 0)),
+                )
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def _beat(self, actor: Any) -> None:
+        """Ask an actor for signs of life, until it has none."""
+        try:
+            while True:
+                peak = await actor.heartbeat.remote()
+                if actor is self._actors[0]:
+                    self.heartbeat, self.peak_bytes = time.monotonic(), peak
+                await asyncio.sleep(_BEAT_S)
+        except RayError as error:
+            self._bury(error)
+
+    def _bury(self, error: Exception) -> None:
+        """Note that an actor has ended: the others of its world cannot go on."""
+        self.state = "dead"
+        self._reason = self._reason or f"{self.name} ended: {one_line(error)}"
+        self._kill()
+
+    def _kill(self) -> None:
+        for actor in self._actors:
+            with suppress(RayError, ValueError):  # ValueError: it was never there
+                ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    async def check(
+        self, stated: Mapping[str, Any], input: str | None, kind: MediaKind | None
+    ) -> Checked:
+        """Check what a client stated, also while a job runs; the input is opened in a process.
+
+        Raises:
+            ApiError: invalid_value, unknown_parameter, unreadable_media….
+            WorkerDied: it ended meanwhile.
+        """
+        info = None
+        if input is not None and kind is not None:
+            info = await probe(input, kind)
+        if self.state not in ("ready", "busy"):
+            raise WorkerDied(self._reason or f"{self.name} is not loaded")
+        message = {"check": dict(stated), "call": 0, "input": input, "kind": kind, "info": info}
+        try:
+            answer = await self._actors[0].check.remote(message)
+        except RayError as error:
+            self._bury(error)
+            raise WorkerDied(self._reason) from None
+        if answer["event"] == "checked":
+            return Checked(**answer["checked"])
+        raise ApiError(answer["code"], answer["message"], answer.get("param"))
+
+    def run(self, tasks: Sequence[Task]) -> AsyncIterator[dict[str, Any]]:
+        """Make the videos of one batch, see `records.Worker`.
+
+        Raises:
+            WorkerDied: it ended meanwhile.
+        """
+        if self.state != "dead":
+            self.state = "busy"
+            self._unfreed += 1
+        return self._follow(next(self._numbers), tasks)
+
+    async def _follow(self, number: int, tasks: Sequence[Task]) -> AsyncIterator[dict[str, Any]]:
+        folders = {task.id: Path(task.folder) for task in tasks}
+        missing = {*folders}
+        self._running.add(number)
+        try:
+            inputs = await asyncio.to_thread(_read_inputs, tasks)
+            if self.state == "dead":
+                raise WorkerDied(self._reason)
+            call = self._actors[0].run.options(num_returns="streaming")
+            async for reference in call.remote(number, tasks, inputs):
+                event = await reference
+                self.heartbeat = time.monotonic()
+                if event["event"] == "begun" and event["id"] in self._cancelled:
+                    self.cancel(event["id"])  # the first time it was not there yet
+                if event["event"] == "free":
+                    self._free()
+                if (files := event.pop("files", None)) is not None:
+                    event = await asyncio.to_thread(keep, folders[event["id"]], files, event)
+                if event["event"] in _ENDS:
+                    missing.discard(event["id"])
+                    self._cancelled.discard(event["id"])
+                yield event
+        except RayError as error:
+            self._bury(error)
+        finally:
+            self._running.discard(number)
+            for id in missing:  # nobody waits for them any more
+                self.cancel(id)
+                self._cancelled.discard(id)
+        if missing:
+            raise WorkerDied(self._reason or f"{self.name} was stopped")
+
+    def _free(self) -> None:
+        self._unfreed -= 1
+        if not self._unfreed and self.state == "busy":
+            self.state = "ready"
+
+    def cancel(self, id: str) -> None:
+        """Stop a task at its next step; its last event is cancelled, or done if it was quicker."""
+        if self.state == "busy":
+            self._cancelled.add(id)
+            self._actors[0].cancel.remote(id)
+
+    async def stop(self, *, kill: bool = False) -> None:
+        """End the actor: after the current step, with files that are being written; or at once."""
+        if not kill and self.state in ("ready", "busy"):
+            with suppress(RayError, TimeoutError):
+                await asyncio.wait_for(_one(self._actors[0].stop.remote()), _STOP_S)
+                end = time.monotonic() + _ARRIVE_S
+                while self._running and time.monotonic() < end:
+                    await asyncio.sleep(0.02)
+        self.state = "dead"
+        self._reason = self._reason or f"{self.name} was stopped"
+        for task in self._tasks:
+            task.cancel()
+        self._kill()
+
+
+async def _one(reference: Any) -> Any:
+    return await reference
+
+
+async def _all(references: Sequence[Any]) -> list[Any]:
+    return [*await asyncio.gather(*map(_one, references))]
+
+
+def _read_inputs(tasks: Sequence[Task]) -> dict[str, bytes]:
+    """Contents of inputs by id; one that cannot be read is absent, and fails where it is missed."""
+    inputs = {}
+    for task in tasks:
+        if task.input is not None:
+            with suppress(OSError):
+                inputs[task.id] = Path(task.input).read_bytes()
+    return inputs
+
+
+def keep(folder: Path, files: Mapping[str, bytes], event: dict[str, Any]) -> dict[str, Any]:
+    """Write the files of a task, all whole or none; its last event."""
+    paths = [folder / Path(name).name for name in sorted(files)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_all(paths) as temporaries:
+            for temporary, path in zip(temporaries, paths, strict=True):
+                temporary.write_bytes(files[path.name])
+        synchronise(folder)
+    except OSError as error:
+        failed = {"event": "failed", "id": event["id"], "param": None}
+        if error.errno in _FULL:
+            message = "The disk of the server is full; the video was not kept."
+            return {**failed, "code": "disk_full", "message": message}
+        logger.exception("files cannot be written")
+        message = "The server failed to make this video; its log has the reason."
+        return {**failed, "code": "internal_error", "message": message}
+    return event
+
+
+class Cluster:
+    """A connection to a Ray cluster, which makes workers of it."""
+
+    def __init__(self, address: str | None, gpus: int) -> None:
+        """Connect to a cluster, or make one of this machine; in the main thread.
+
+        Args:
+            address: as of `RayOptions`.
+            gpus: of each worker.
+
+        Raises:
+            Error: there is no cluster at the address.
+        """
+        self.gpus, self.connected = gpus, connect(address)
+
+    def worker(self, world: str, name: str, options: Mapping[str, Any]) -> RayWorker:
+        """A worker that is not started, as of `RayWorker`."""
+        return RayWorker(world, name, options, gpus=self.gpus)
+
+    def close(self) -> None:
+        """Disconnect; actors end."""
+        if self.connected:
+            ray.shutdown()
