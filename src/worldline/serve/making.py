@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -31,6 +32,7 @@ from worldline.errors import (
     is_out_of_memory,
 )
 from worldline.guards import check_frames
+from worldline.parallel.job import share
 from worldline.serve.checks import INPUT, refusal, scrub
 from worldline.serve.records import Task
 from worldline.step import Step, Video
@@ -47,6 +49,7 @@ PREVIEW = 320  # pixels of the longer side of a thumbnail, and of the width of a
 _STEP_S, _PREVIEW_S = 0.1, 1.0  # least seconds between two events
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHARED = frozenset({"text", "encode", "tokens"})  # steps that the videos of a batch have together
+_COMMON = frozenset({"text", "encode", "tokens", "denoise"})  # steps that all processes have
 _NEUTRAL = "The server failed to make this video; its log has the reason."
 
 
@@ -56,6 +59,9 @@ class DeviceLost(Exception):
 
 class Maker:
     """The world's jobs, one batch after another; files are written beside the next batch.
+
+    Each of several processes of a world has one, and all run the same batches. The first knows and
+    ends tasks, and decides for all where to go on; the others send nothing.
 
     Attributes:
         known: ids of tasks that have not ended.
@@ -94,7 +100,7 @@ class Maker:
         """
         self.batch, earlier, self._saves = batch, self._saves, []
         groups = [[*tasks]]
-        while groups and not self.stopping:
+        while groups:
             group = groups.pop(0)
             try:
                 exhausted = self._make(group)
@@ -167,11 +173,13 @@ class Maker:
                 jobs.append(job)
         if not jobs:
             return False
-        begun = time.monotonic()
+        begun, mesh = time.monotonic(), self.world.parts.compute.mesh
+        several = self.world.processes.count > 1
         try:
             size = min(len(jobs), self.world.parts.compute.batch_size)
             if size > 1:
-                check_frames(self.world.opened, jobs[0].request, size)
+                check = partial(check_frames, self.world.opened, jobs[0].request, size)
+                self.world.processes.together(check)
             with closing(self._steps(jobs)) as steps:
                 for index, step in steps:
                     task = tasks[index]
@@ -182,18 +190,22 @@ class Maker:
                         seconds = time.monotonic() - begun
                         save = self._save, self.batch, task, step.video, seconds
                         self._saves.append(self._files.submit(*save))
-                    if self.stopping or not self._unmade(tasks):
+                    if several and step.kind not in _COMMON:
+                        continue  # others may not come here
+                    if not self._unmade(tasks):
                         return False
         except InsufficientMemoryError as error:
             if len(group) > 1:
                 return True
             self._fail(tasks[0], "out_of_memory", scrub(self.world, str(error), tasks[0].input))
         except Error as error:
+            share(mesh, error)
             failures = error.failures or {0: error}
             for index, failure in failures.items():
                 if tasks[index].id not in self._handed:
                     self._fail_by(tasks[index], failure)
         except Exception as error:
+            share(mesh, error)
             if not is_out_of_memory(error):
                 raise
             return True
@@ -206,15 +218,20 @@ class Maker:
 
     def _unmade(self, tasks: Sequence[Task]) -> list[Task]:
         """Tasks whose video is still to be made; those that are cancelled end here."""
-        waiting = []
-        for task in tasks:
-            if task.id not in self.known or task.id in self._handed:
-                continue
-            if task.id in self.cancelled:
-                self._end(task, {"event": "cancelled"})
-            else:
-                waiting.append(task)
-        return waiting
+
+        def sort_out() -> set[str]:
+            waiting = set[str]()
+            for task in tasks if not self.stopping else ():
+                if task.id not in self.known or task.id in self._handed:
+                    continue
+                if task.id in self.cancelled:
+                    self._end(task, {"event": "cancelled"})
+                else:
+                    waiting.add(task.id)
+            return waiting
+
+        waiting = self.world.processes.once(sort_out)
+        return [task for task in tasks if task.id in waiting]
 
     def _prepare(self, task: Task) -> Job | None:
         """The job of a task; None where it failed."""

@@ -88,7 +88,12 @@ class Process:
         return facts
 
     def _make(self) -> None:
-        self._worker.make()
+        try:
+            self._worker.make()
+        except BaseException:  # other processes of the world wait for this one in a collective
+            logger.exception("the world cannot go on")
+            logging.shutdown()
+            os._exit(1)
         for events in [*self._batches.values()]:
             events.put(None)
 

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 BEAT_S = 2.0
+_PATIENCE_S = 60.0  # of processes that wait for the first; a collective may not wait for ever
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Worker:
 
     def make(self) -> None:
         """Make one batch after another, until the worker is to end."""
-        while (batch := self.batches.get()) is not None:
+        while (batch := self.next_batch()) is not None:
             from worldline.serve.making import DeviceLost
 
             try:
@@ -127,6 +128,21 @@ class Worker:
             if self.maker.stopping:
                 break
         self.maker.finish()
+
+    def next_batch(self) -> tuple[int, list[Any]] | None:
+        """What to make next, which the first of several processes gets for all."""
+        processes = self.maker.world.processes
+
+        def take() -> tuple[int, list[Any]] | None:
+            try:
+                return self.batches.get(timeout=_PATIENCE_S if processes.count > 1 else None)
+            except queue.Empty:
+                return 0, []
+
+        while True:
+            batch: tuple[int, list[Any]] | None = processes.once(take)
+            if batch is None or batch[1]:
+                return batch
 
     def load(self, started: float) -> None:
         from worldline.serve.checks import facts
