@@ -117,7 +117,7 @@ class FakeWorker:
         for kind, total in kinds:
             for done in range(total):
                 for task in list(open_):
-                    if event := await self._incident(task, kind, done, len(open_)):
+                    if event := await self._incident(task, kind, done, len(tasks)):
                         open_.remove(task)
                         yield event
                 if not open_:

@@ -51,7 +51,7 @@ async def queue(
             await until(lambda: queue.health()[0] == "ready")
         yield queue
     finally:
-        await queue.drain(0)
+        await asyncio.gather(queue.drain(0), queue.drain(0))  # the second one ends it at once
         store.close()
 
 
@@ -88,7 +88,9 @@ def test_three_jobs_on_one_worker(tmp_path: Path) -> None:
                 assert queued == [*range(len(queued))]
                 for one, place in zip(jobs, places, strict=True):
                     assert (place is None) == (one.status != "queued")
-                assert sum(one.status == "in_progress" for one in jobs) <= 1
+                makes = [one for one in jobs if one.status == "in_progress"]
+                # files of one are written while the next is begun
+                assert sum(one.step_kind != "decode" for one in makes) <= 1
                 order.append([one.status for one in jobs])
                 if all(one.status in ENDED for one in jobs):
                     break
@@ -340,6 +342,7 @@ def test_workers_of_a_world_share_one_line(tmp_path: Path) -> None:
             assert await q.remove_worker("w") is None  # all are busy
             for one in jobs:
                 assert (await q.wait(one.id)).status == "completed"
+            await until(lambda: all(slot.is_idle for slot in q.pool.slots["w"]))
             assert await q.remove_worker("w") == "w/2"
             assert [slot.name for slot in q.pool.slots["w"]] == ["w/0", "w/1"]
             assert ("stop", "w/2") in script.log
@@ -373,7 +376,7 @@ def test_failures(tmp_path: Path, prompt: str, code: str) -> None:
 
 def test_limits(tmp_path: Path) -> None:
     async def test() -> None:
-        script = Script(seconds=5)
+        script = Script(seconds=0.5, steps=1000)
         async with queue(tmp_path, script, queue_size=3, queue_per_key=2) as q:
             running = await q.submit(job(owner="a"), None)
             await until(lambda: q.store.get(running.id, None).status == "in_progress")
@@ -409,12 +412,15 @@ def test_a_full_disk(tmp_path: Path) -> None:
     async def test() -> None:
         async with queue(tmp_path) as q:
             pages = q.store._writer.execute("PRAGMA page_count").fetchone()[0]
-            q.store._writer.execute(f"PRAGMA max_page_count = {pages}")
-            accepted = []
-            with pytest.raises(ApiError) as caught:
-                for _ in range(300):
+            q.store._writer.execute(f"PRAGMA max_page_count = {pages + 8}")
+            accepted: list[Job] = []
+
+            async def fill() -> None:
+                while True:
                     accepted.append(await q.submit(job("x" * 2000), None))
-            assert (caught.value.code, caught.value.status) == ("disk_full", 503)
+
+            error = await refused(fill())
+            assert (error.code, error.status) == ("disk_full", 503)
             assert accepted
             for one in accepted:
                 assert (await q.wait(one.id)).status == "completed"
@@ -615,7 +621,7 @@ def test_old_jobs_are_removed(tmp_path: Path) -> None:
             assert one.completed_at
             assert one.expires_at == pytest.approx(one.completed_at + 0.5)
             await until(lambda: not q.store.ids("completed"))
-            assert not q.store.folder(one.id).exists()
+            await until(lambda: not q.store.folder(one.id).exists())
 
     run(test())
 
@@ -652,11 +658,11 @@ def test_a_hundred_jobs_with_deaths_and_cancels(tmp_path: Path) -> None:
             codes = {one.error_code for one in ended if one.status == "failed"}
             assert codes == {"worker_died", "guardrail_refused", "internal_error"}
             for id, one in zip(kept, ended, strict=True):
-                if prompts[ids.index(id) % 7] in ("a", "die_once"):
+                if prompts[ids.index(id) % 7] == "a":  # though another killed its batch
                     assert one.status in ("completed", "cancelled")
                 assert one.attempts <= 3
             assert not q._outcomes.entries
-            assert not q._dispatcher._batches
+            await until(lambda: not q._dispatcher._batches)
             assert q.store.sweep(older_than=-1) == []
             assert sum(q.store.counts().values()) == 96
 

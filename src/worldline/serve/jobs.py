@@ -146,7 +146,7 @@ class Queue:
 
     def position(self, job: Job) -> int | None:
         """Number of jobs of the world that begin before it; None once it has begun."""
-        return self._outcomes.line(job.model).positions().get(job.id)
+        return self._outcomes.positions(job.model).get(job.id) if job.status == "queued" else None
 
     def eta(self, job: Job) -> float | None:
         """Seconds until a job is made; None where nothing like it was made yet."""

@@ -111,9 +111,6 @@ class Line:
         """Make batches of a key smaller: one of this size was out of memory."""
         self._limits[key] = min(max(1, size // 2), self._limits.get(key, size))
 
-    def positions(self) -> Mapping[str, int]:
-        return {entry.id: place for place, entry in enumerate((*self.starting, *self.waiting))}
-
     def ends(
         self,
         busy: Iterable[float],

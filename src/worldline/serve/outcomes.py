@@ -88,10 +88,18 @@ class Outcomes:
             except Exception:  # a metric must not end a job
                 logger.exception("an observer of %s failed", name)
 
+    def positions(self, world: str) -> Mapping[str, int]:
+        """Place of each queued job in its line; 0 is the next."""
+        line = self.line(world)
+        # one that has begun is written so a moment before it leaves the line
+        starting = [e.id for e in line.starting if self.store.get(e.id, None).status == "queued"]
+        waiting = [entry.id for entry in line.waiting]
+        return {id: place for place, id in enumerate(starting + waiting)}
+
     def publish_positions(self, world: str) -> None:
         """Send each queued job's place, after it has changed."""
         if self.publisher.is_heard:
-            for id, place in self.line(world).positions().items():
+            for id, place in self.positions(world).items():
                 data = {"id": id, "status": "queued", "queue_position": place}
                 self.publisher.publish("status", self.entries[id].owner, id, data)
 
@@ -99,7 +107,7 @@ class Outcomes:
         """Events that describe a job as it is."""
         if job.status in ENDED:
             return [(job.status, job)]
-        place = self.line(job.model).positions().get(job.id)
+        place = self.positions(job.model).get(job.id)
         data = {"id": job.id, "status": job.status, "queue_position": place}
         events: list[tuple[str, Mapping[str, Any] | Job]] = [("status", data)]
         entry = self.entries.get(job.id)
