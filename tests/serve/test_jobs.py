@@ -173,7 +173,7 @@ def test_a_worker_deaf_to_cancel_is_replaced(tmp_path: Path) -> None:
 def test_a_batch_is_made_together(tmp_path: Path) -> None:
     async def test() -> None:
         script = Script(max_batch_size=4, seconds=0.05, steps=6)
-        async with queue(tmp_path, script, batch_window=0.2) as q:
+        async with queue(tmp_path, script, batch_window=2) as q:
             prompts = ["a", "refuse b", "c", "d"]
             jobs = [await q.submit(job(prompt, batch_key="k"), None) for prompt in prompts]
             await until(lambda: q.store.get(jobs[2].id, None).status == "in_progress")
@@ -190,28 +190,28 @@ def test_a_batch_is_made_together(tmp_path: Path) -> None:
 
 def test_the_oldest_waits_no_longer_than_the_window(tmp_path: Path) -> None:
     async def test() -> None:
-        script = Script(max_batch_size=8)
-        async with queue(tmp_path, script, batch_window=0.15) as q:
+        script = Script(max_batch_size=100, steps=1, seconds=0)
+        async with queue(tmp_path, script, batch_window=0.3) as q:
             began = time.monotonic()
             ids = [(await q.submit(job(batch_key="k"), None)).id]
             while not runs(script):  # others come all the time
                 await asyncio.sleep(0.03)
                 ids.append((await q.submit(job(batch_key="k"), None)).id)
-            assert 0.1 < time.monotonic() - began < 0.3
-            assert 2 <= len(runs(script)[0]) < 8
+            assert 0.25 < time.monotonic() - began < 1
+            assert 2 <= len(runs(script)[0]) <= 12
             for id in ids:
                 await q.wait(id)
             # one that cannot be batched, and one that has waited already, begin at once
             began = time.monotonic()
             await q.wait((await q.submit(job(), None)).id)
-            assert time.monotonic() - began < 0.14
+            assert time.monotonic() - began < 0.3
 
     run(test())
 
 
 def test_jobs_of_one_key_pass_those_between(tmp_path: Path) -> None:
     async def test() -> None:
-        script = Script(max_batch_size=2, seconds=0.03)
+        script = Script(max_batch_size=2, seconds=0.1)
         async with queue(tmp_path, script) as q:
             first = await q.submit(job(), None)
             keys = ["a", "b", "a", None, "b", "b"]
@@ -228,7 +228,7 @@ def test_jobs_of_one_key_pass_those_between(tmp_path: Path) -> None:
 def test_a_batch_out_of_memory_is_halved(tmp_path: Path) -> None:
     async def test() -> None:
         script = Script(max_batch_size=4, largest_batch=1)
-        async with queue(tmp_path, script) as q:
+        async with queue(tmp_path, script, batch_window=2) as q:
             ids = [(await q.submit(job(batch_key="k"), None)).id for _ in range(4)]
             ended = [await q.wait(id) for id in ids]
             assert [one.status for one in ended] == ["completed"] * 4
@@ -266,7 +266,7 @@ def test_a_job_whose_worker_died_is_made_again(tmp_path: Path) -> None:
 def test_one_that_kills_a_batch_fails_alone(tmp_path: Path) -> None:
     async def test() -> None:
         script = Script(max_batch_size=3)
-        async with queue(tmp_path, script) as q:
+        async with queue(tmp_path, script, batch_window=2) as q:
             prompts = ["a", "die", "c"]
             jobs = [await q.submit(job(prompt, batch_key="k"), None) for prompt in prompts]
             ended = [await q.wait(one.id) for one in jobs]
@@ -525,11 +525,11 @@ def test_a_slow_listener_gets_the_latest_state(tmp_path: Path) -> None:
         async with queue(tmp_path, Script(steps=1, seconds=0.0)) as q:
             slow = q.subscribe("a", None)
             other = q.subscribe("b", None)
-            jobs = [await q.submit(job(owner="a"), None) for _ in range(60)]
+            jobs = [await q.submit(job(owner="a"), None) for _ in range(20)]
             for one in jobs:
                 await q.wait(one.id)
             seen = [event async for event in some(slow)]
-            assert [event.name for event in seen] == ["completed"] * 60
+            assert [event.name for event in seen] == ["completed"] * 20
             assert [event async for event in some(other, 0.05)] == []
             await q.drain(0)
             assert [event.name async for event in slow] == ["shutdown"]
@@ -548,6 +548,7 @@ def test_drain_lets_a_job_end(tmp_path: Path) -> None:
             assert q.store.get(second.id, None).status == "queued"
             assert (await refused(q.submit(job(), None))).code == "shutting_down"
             assert (await refused(q.check("w", {}, None, None))).code == "shutting_down"
+            assert (await refused(q.delete(second.id))).code == "shutting_down"
             assert q.health()[0] == "shutting_down"
 
     run(test())
@@ -640,6 +641,7 @@ def test_a_client_that_hangs_up_leaves_a_job_that_is_made(tmp_path: Path) -> Non
     run(test())
 
 
+@pytest.mark.slow
 def test_a_hundred_jobs_with_deaths_and_cancels(tmp_path: Path) -> None:
     async def test() -> None:
         script = Script(seconds=0.001, max_batch_size=4)

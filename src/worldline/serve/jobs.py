@@ -181,7 +181,7 @@ class Queue:
             ApiError: video_not_found (it was deleted, too), shutting_down.
         """
         job = self.store.get(id, None)
-        if job.status not in ENDED and (entry := self._outcomes.entries.get(id)):
+        if entry := self._outcomes.entries.get(id):  # until its files are in order, too
             await entry.ended.wait()
             job = self.store.get(id, None)
         if job.status not in ENDED:
@@ -279,7 +279,7 @@ class Queue:
                     await self._remove_expired(hours * 3600)
                 if now() - swept > 600:
                     swept = now()
-                    await self._outcomes.blocking(self.store.sweep)
+                    await asyncio.to_thread(self.store.sweep)  # long; others must not wait
             except ApiError as error:  # a disk that takes nothing now may do later
                 logger.error("store: %s", error.message)
             except Exception:
@@ -355,10 +355,13 @@ class Queue:
         job = self.store.get(id, None)
         if entry := self._outcomes.entries.get(id):
             await self._stop(entry, "delete")
-        with contextlib.suppress(ApiError):  # it was removed when it was stopped
-            job = self.store.get(id, None)
-            await self._outcomes.blocking(self.store.delete, id)
-            self._outcomes.publish_removal(job)
+            with contextlib.suppress(ApiError):
+                job = self.store.get(id, None)  # it was quicker
+                entry = None
+            if entry:
+                return
+        await self._outcomes.blocking(self.store.delete, id)
+        self._outcomes.publish_removal(job)
 
     def _state(self, world: str) -> str:
         slots = self.pool.slots[world]
