@@ -351,6 +351,32 @@ def test_workers_of_a_world_share_one_line(tmp_path: Path) -> None:
     run(test())
 
 
+def test_each_world_has_its_own_line(tmp_path: Path) -> None:
+    async def test() -> None:
+        scripts = {"slow": Script(seconds=0.2, steps=100), "quick": Script()}
+
+        def make_worker(world: str, name: str) -> FakeWorker:
+            return FakeWorker(world, name, scripts[world])
+
+        store = Store(tmp_path)
+        worlds = {world: [make_worker(world, f"{world}/0")] for world in scripts}
+        q = Queue(store, worlds, make_worker, Settings(**FAST))
+        assert q.worlds == ("slow", "quick")
+        await q.start()
+        slow = [await q.submit(job(model="slow"), None) for _ in range(3)]
+        quick = [await q.submit(job(model="quick"), None) for _ in range(3)]
+        for one in quick:
+            assert (await q.wait(one.id)).status == "completed"
+        assert [q.position(store.get(one.id, None)) for one in slow] == [None, 0, 1]
+        assert q.queued_seconds("quick") == 0
+        assert q.queued_seconds("slow") is None
+        await asyncio.gather(q.drain(0), q.drain(0))
+        assert store.counts() == {("slow", "queued"): 3, ("quick", "completed"): 3}
+        store.close()
+
+    run(test())
+
+
 def test_a_job_that_takes_too_long(tmp_path: Path) -> None:
     async def test() -> None:
         async with queue(tmp_path, Script(steps=10000), job_timeout=0.1) as q:

@@ -201,8 +201,9 @@ def test_delete_and_sweep(store: Store) -> None:
     orphan.write_bytes(b"o")
     assert store.sweep() == []  # it may be of a job that is being added
     assert store.used_bytes == len(b"data") + len(b"v") + len(b"o")
-    os.utime(orphan, (0, time.time() - 3601))
-    assert store.sweep() == [orphan]
+    os.utime(orphan, (0, 0))
+    assert store.sweep(older_than=10) == []
+    assert store.sweep(older_than=-1) == [orphan]
     assert store.sweep(older_than=-1) == []
     store.delete(one.id)
     assert files(store) == []

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from worldline.errors import Error
 from worldline.files import remove
 from worldline.serve.dispatch import Dispatcher, Settings
 from worldline.serve.errors import ApiError
@@ -66,9 +67,17 @@ class Queue:
         self._drained = asyncio.Event()
 
     async def start(self) -> None:
-        """Recover what an earlier server left, and start the workers in the background."""
+        """Recover what an earlier server left, and start the workers in the background.
+
+        Raises:
+            Error: the disk is full.
+        """
         blocking = self._outcomes.blocking
-        for job in await blocking(recover, self.store, self.settings.attempts):
+        try:
+            jobs = await blocking(recover, self.store, self.settings.attempts)
+        except ApiError as error:
+            raise Error(f"{self.store.path}: {error.message}") from error
+        for job in jobs:
             self._outcomes.add(job)
         recent = "status = 'completed' ORDER BY id DESC LIMIT 200"
         for job in reversed(await blocking(self.store.select, recent)):
@@ -162,6 +171,14 @@ class Queue:
             self._etas[job.model] = computed, ends
         end = ends.get(job.id)
         return None if end is None else max(0.0, end - (now - computed))
+
+    def queued_seconds(self, world: str) -> float | None:
+        """Seconds of one worker that all waiting jobs need; None where it cannot be known."""
+        waiting = self._outcomes.line(world).waiting
+        jobs = [self.store.get(entry.id, None) for entry in waiting]
+        seconds = [self._outcomes.estimates.seconds(job) for job in jobs]
+        known = [one for one in seconds if one is not None]
+        return sum(known) if len(known) == len(seconds) else None
 
     def poll_milliseconds(self, job: Job) -> int:
         """After which to ask again: a step of a job that runs, a tenth of a wait."""

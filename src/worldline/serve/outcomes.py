@@ -100,8 +100,11 @@ class Outcomes:
         """Send each queued job's place, after it has changed."""
         if self.publisher.is_heard:
             for id, place in self.positions(world).items():
-                data = {"id": id, "status": "queued", "queue_position": place}
-                self.publisher.publish("status", self.entries[id].owner, id, data)
+                entry = self.entries[id]
+                if entry.place != place:
+                    entry.place = place
+                    data = {"id": id, "status": "queued", "queue_position": place}
+                    self.publisher.publish("status", entry.owner, id, data)
 
     def present(self, job: Job) -> list[tuple[str, Mapping[str, Any] | Job]]:
         """Events that describe a job as it is."""
@@ -259,7 +262,7 @@ class Outcomes:
 
     def _to_line(self, entry: Entry, after: Collection[str]) -> None:
         self._leave(entry)
-        entry.begun, entry.progress, entry.wish = False, None, None
+        entry.begun, entry.progress, entry.wish, entry.place = False, None, None, None
         self.line(entry.world).put_back(entry, after)
 
     async def _write_queued(self, entry: Entry) -> None:

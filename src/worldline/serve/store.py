@@ -362,7 +362,8 @@ class Store:
         removed, used = [], 0
         for path in (*self.path.glob("inputs/*/*"), *self.path.glob("videos/*/*")):
             with contextlib.suppress(OSError):  # deleted meanwhile
-                if path.stat().st_mtime > time.time() - older_than or self._is_used(path):
+                # not st_mtime: an input may be a link to an old file
+                if path.stat().st_ctime > time.time() - older_than or self._is_used(path):
                     files = path.iterdir() if path.is_dir() else [path]
                     used += sum(file.stat().st_size for file in files)
                 else:
