@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Observer = Callable[[str, Mapping[str, Any]], None]
+_TOGETHER = 0.1  # seconds
 
 
 class Outcomes:
@@ -45,7 +46,7 @@ class Outcomes:
         self.lines: dict[str, Line] = {}
         self.publisher, self.estimates = Publisher(), Estimates()
         self.observers: list[Observer] = []
-        self._window = batch_window
+        self._window, self._due = batch_window, set[str]()
         # one thread, so that writes keep their order
         self._executor = ThreadPoolExecutor(1, "store")
 
@@ -97,7 +98,14 @@ class Outcomes:
         return {id: place for place, id in enumerate(starting + waiting)}
 
     def publish_positions(self, world: str) -> None:
-        """Send each queued job's place, after it has changed."""
+        """Send each queued job's place that has changed, in a moment: many change together."""
+        if self.publisher.is_heard and world not in self._due:
+            self._due.add(world)
+            loop = asyncio.get_running_loop()
+            loop.call_later(_TOGETHER, self._send_positions, world)
+
+    def _send_positions(self, world: str) -> None:
+        self._due.discard(world)
         if self.publisher.is_heard:
             for id, place in self.positions(world).items():
                 entry = self.entries[id]
