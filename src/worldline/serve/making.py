@@ -94,7 +94,9 @@ class Maker:
             DeviceLost: no more can be made.
         """
         self.batch, earlier, self._saves = batch, self._saves, []
-        groups = [[*tasks]]
+        together = self.world.opened.family.generate_together is not None
+        size = self.world.parts.compute.batch_size if together else 1
+        groups = [[*tasks[at : at + size]] for at in range(0, len(tasks), size)]
         while groups and not self.stopping:
             group = groups.pop(0)
             try:
@@ -161,7 +163,9 @@ class Maker:
     def _make(self, group: Sequence[Task]) -> bool:
         """Make videos together; whether memory was too small, for those that have not ended."""
         tasks, jobs = list[Task](), list[Job]()
-        for task in self._unmade(group):
+        for task in group:
+            if not self._unmade([task]):
+                continue
             if task.id not in self._sent:  # else memory was too small at first
                 self._sent[task.id] = "", 0.0, 0.0
                 self._emit({"event": "begun", "id": task.id})
@@ -172,9 +176,8 @@ class Maker:
             return False
         begun = time.monotonic()
         try:
-            size = min(len(jobs), self.world.parts.compute.batch_size)
-            if size > 1:
-                check_frames(self.world.opened, jobs[0].request, size)
+            if len(jobs) > 1:
+                check_frames(self.world.opened, jobs[0].request, len(jobs))
             # closed: networks leave the device
             with closing(cast(Generator[Any, None, None], self.world.run_batch(jobs))) as steps:
                 for index, step in steps:
