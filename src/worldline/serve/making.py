@@ -11,13 +11,13 @@ import logging
 import os
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,9 @@ class Maker:
             DeviceLost: no more can be made.
         """
         self.batch, earlier, self._saves = batch, self._saves, []
-        groups = [[*tasks]]
+        together = self.world.opened.family.generate_together is not None
+        size = self.world.parts.compute.batch_size if together else 1
+        groups = [[*tasks[at : at + size]] for at in range(0, len(tasks), size)]
         while groups:
             group = groups.pop(0)
             try:
@@ -120,6 +122,8 @@ class Maker:
                     self._fail(group[0], "out_of_memory", self._too_large())
                 else:
                     groups[:0] = [part for part in (rest[:half], rest[half:]) if part]
+        if not self.world.processes.first:
+            self._sent.clear()  # it ends no tasks
         wait(earlier)  # the frames of two batches at most are held
         self._emit({"event": "free"})
 
@@ -166,8 +170,12 @@ class Maker:
     def _make(self, group: Sequence[Task]) -> bool:
         """Make videos together; whether memory was too small, for those that have not ended."""
         tasks, jobs = list[Task](), list[Job]()
-        for task in self._unmade(group):
-            self._emit({"event": "begun", "id": task.id})
+        for task in group:
+            if not self._unmade([task]):
+                continue
+            if task.id not in self._sent:  # else memory was too small at first
+                self._sent[task.id] = "", 0.0, 0.0
+                self._emit({"event": "begun", "id": task.id})
             if (job := self._prepare(task)) is not None:
                 tasks.append(task)
                 jobs.append(job)
@@ -176,11 +184,11 @@ class Maker:
         begun, mesh = time.monotonic(), self.world.parts.compute.mesh
         several = self.world.processes.count > 1
         try:
-            size = min(len(jobs), self.world.parts.compute.batch_size)
-            if size > 1:
-                check = partial(check_frames, self.world.opened, jobs[0].request, size)
+            if len(jobs) > 1:
+                check = partial(check_frames, self.world.opened, jobs[0].request, len(jobs))
                 self.world.processes.together(check)
-            with closing(self._steps(jobs)) as steps:
+            # closed: networks leave the device
+            with closing(cast(Generator[Any, None, None], self.world.run_batch(jobs))) as steps:
                 for index, step in steps:
                     task = tasks[index]
                     if step.video is None:
@@ -188,8 +196,8 @@ class Maker:
                     elif task.id not in self.cancelled:
                         self._handed.add(task.id)
                         seconds = time.monotonic() - begun
-                        save = self._save, self.batch, task, step.video, seconds
-                        self._saves.append(self._files.submit(*save))
+                        save = partial(self._save, self.batch, task, step.video, seconds)
+                        self._saves.append(self._files.submit(save))
                     if several and step.kind not in _COMMON:
                         continue  # others may not come here
                     if not self._unmade(tasks):
@@ -212,9 +220,6 @@ class Maker:
         for task in self._unmade(tasks):
             self._fail(task, "internal_error", _NEUTRAL)
         return False
-
-    def _steps(self, jobs: Sequence[Job]) -> Any:
-        return self.world.run_batch(jobs)
 
     def _unmade(self, tasks: Sequence[Task]) -> list[Task]:
         """Tasks whose video is still to be made; those that are cancelled end here."""
@@ -277,17 +282,17 @@ class Maker:
         for task in tasks:
             if task.id in self._handed or task.id not in self.known:
                 continue
-            kind, stepped, shown = self._sent.get(task.id, ("", 0.0, 0.0))
+            kind, stepped, previewed = self._sent.get(task.id, ("", 0.0, 0.0))
             facts = {"id": task.id, "done": step.done, "total": step.total}
             if step.kind != kind or whole or now - stepped >= _STEP_S:
                 self._emit({"event": "step", "kind": step.kind, **facts})
                 kind, stepped = step.kind, now
             frames = step.preview if step.preview is not None else step.frames
-            if frames is not None and len(frames) and now - shown >= _PREVIEW_S:
+            if frames is not None and len(frames) and now - previewed >= _PREVIEW_S:
                 picture = b64encode(jpeg(frames[-1], PREVIEW)).decode()
                 self._emit({"event": "preview", **facts, "jpeg_base64": picture})
-                shown = now
-            self._sent[task.id] = kind, stepped, shown
+                previewed = now
+            self._sent[task.id] = kind, stepped, previewed
 
     def _save(self, batch: int, task: Task, video: Video, seconds: float) -> None:
         """Write the files of a video and end its task; in the thread of files."""

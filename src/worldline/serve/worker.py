@@ -125,8 +125,6 @@ class Worker:
             except DeviceLost:
                 logger.exception("the device is lost")
                 self.end(1)
-            if self.maker.stopping:
-                break
         self.maker.finish()
 
     def next_batch(self) -> tuple[int, list[Any]] | None:
@@ -161,7 +159,15 @@ class Worker:
         os._exit(status)
 
     def read(self) -> None:
-        """Answer the parent."""
+        """Answer the parent until it goes."""
+        try:
+            self.answer()
+        except Exception:  # else nobody would hear the parent any more
+            logger.exception("a message of the server cannot be understood")
+            self.end(1)
+        self.end(0)
+
+    def answer(self) -> None:
         from worldline.serve.records import Task
 
         while (message := self.line.receive()) is not None:
@@ -175,7 +181,6 @@ class Worker:
                 self.maker.cancel(message["cancel"])
             elif "stop" in message:
                 self.stop()
-        self.end(0)
 
     def stop(self) -> None:
         """Have `make` return after the current step, and files that are being written."""
