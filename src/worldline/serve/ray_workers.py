@@ -44,8 +44,8 @@ _STOP_S = 120.0  # for a step to end, at most
 _ARRIVE_S = 5.0  # for its files to arrive
 _ENDS = ("done", "failed", "cancelled")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# calls of a group wait for each other alone: a world answers while it makes videos
-_GROUPS = {"make": 4, "ask": 4}
+# calls wait for others of their group alone: a world answers while it makes videos
+_MAKE, _CONCURRENT = "make", 4
 
 
 class Process:
@@ -60,14 +60,16 @@ class Process:
         self._answer: dict[str, Any] = {}
         self._batches: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {}
 
-    @ray.method(concurrency_group="ask")
     def address(self) -> tuple[str, int]:
         """Address of the node, and a port that is free."""
         with socket.socket() as free:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
-    @ray.method(concurrency_group="make")
+    def pid(self) -> int:
+        """Id of the process."""
+        return os.getpid()
+
     def load(
         self, world: str, options: Mapping[str, Any], environment: Mapping[str, str]
     ) -> dict[str, Any]:
@@ -105,16 +107,15 @@ class Process:
         elif event["event"] == "ready":
             self._answer = event
 
-    @ray.method(concurrency_group="make")
     def run(
-        self, number: int, tasks: Sequence[Task], inputs: Mapping[str, bytes]
+        self, number: int, tasks: Sequence[Task], inputs: Mapping[str, tuple[bytes, int]]
     ) -> Iterator[dict[str, Any]]:
         """Events of a batch, as of `records.Worker.run`; done has "files", their contents by name.
 
         Args:
             number: of the batch.
             tasks: their inputs are names, their folders are the API process's.
-            inputs: contents by id.
+            inputs: contents and times of modification by id.
         """
         events = self._batches[number] = queue.SimpleQueue()
         missing, free = {task.id for task in tasks}, False
@@ -136,24 +137,20 @@ class Process:
             finally:
                 del self._batches[number]
 
-    @ray.method(concurrency_group="ask")
     def check(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request, while videos are made, too."""
         answer: dict[str, Any] = self._worker.check(message)
         return answer
 
-    @ray.method(concurrency_group="ask")
     def cancel(self, id: str) -> None:
         """End a task at its next step."""
         self._worker.maker.cancel(id)
 
-    @ray.method(concurrency_group="ask")
     def heartbeat(self) -> int:
         """Peak bytes of memory."""
         peak: int = self._worker.measure()
         return peak
 
-    @ray.method(concurrency_group="ask")
     def stop(self) -> None:
         """End after the current step, and files that are being written."""
         self._worker.stop()
@@ -161,32 +158,43 @@ class Process:
             self._making.join()
 
 
-def _place(task: Task, folder: Path, content: bytes | None) -> Task:
+def _place(task: Task, folder: Path, input: tuple[bytes, int] | None) -> Task:
     """A task with its files in a folder of this node."""
     path = None if task.input is None else folder / Path(task.input).name
-    if path is not None and content is not None:
+    if path is not None and input is not None:
+        content, modified = input
         path.write_bytes(content)
+        os.utime(path, ns=(modified, modified))  # which the report has
     return replace(task, input=None if path is None else str(path), folder=str(folder / task.id))
 
 
 class RayWorker:
     """A world in an actor, see `records.Worker`; where it has several GPUs, in one actor each."""
 
-    def __init__(self, world: str, name: str, options: Mapping[str, Any], *, gpus: int = 1) -> None:
+    def __init__(
+        self,
+        world: str,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        gpus: int = 1,
+        place: str | None = None,
+    ) -> None:
         """A worker that is not started; a cluster is connected.
 
         Args:
-            world: name or path, as of `worldline.load`.
+            world: what the server calls it.
             name: such as "tiny-Cosmos-Predict1-4B/0".
             options: load options.
             gpus: that make a video together; 0 for none.
+            place: name or path, as of `worldline.load`; by default that of the world.
         """
         self.world, self.name, self.options = world, name, dict(options)
         self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
         self.facts: Facts | None = None
         self.heartbeat = time.monotonic()
         self.peak_bytes = 0
-        self._gpus = gpus
+        self._gpus, self._place = gpus, place or world
         self._actors: list[Any] = []
         self._group: Any = None
         self._numbers = itertools.count(1)
@@ -206,7 +214,9 @@ class RayWorker:
             self._begin()
             address = await self._patiently(_one(self._actors[0].address.remote()))
             loads = [
-                actor.load.remote(self.world, self.options, self._environment(rank, *address))
+                actor.load.options(concurrency_group=_MAKE).remote(
+                    self._place, self.options, self._environment(rank, *address)
+                )
                 for rank, actor in enumerate(self._actors)
             ]
             answers = await self._patiently(_all(loads))
@@ -229,7 +239,11 @@ class RayWorker:
         if self._gpus > 1:  # on one node, which must have room for all
             self._group = placement_group([{"CPU": 1, "GPU": 1}] * self._gpus, "STRICT_PACK")
         remote: Any = ray.remote(
-            max_restarts=0, max_task_retries=0, concurrency_groups=_GROUPS, **options
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=_CONCURRENT,
+            concurrency_groups={_MAKE: _CONCURRENT},
+            **options,
         )(Process)
         for rank in range(max(1, self._gpus)):
             placed = {}
@@ -328,7 +342,8 @@ class RayWorker:
             inputs = await asyncio.to_thread(_read_inputs, tasks)
             if self.state == "dead":
                 raise WorkerDied(self._reason)
-            call = self._actors[0].run.options(num_returns="streaming")
+            options = {"num_returns": "streaming", "concurrency_group": _MAKE}
+            call = self._actors[0].run.options(**options)
             async for reference in call.remote(number, tasks, inputs):
                 event = await reference
                 self.heartbeat = time.monotonic()
@@ -386,13 +401,14 @@ async def _all(references: Sequence[Any]) -> list[Any]:
     return [*await asyncio.gather(*map(_one, references))]
 
 
-def _read_inputs(tasks: Sequence[Task]) -> dict[str, bytes]:
-    """Contents of inputs by id; one that cannot be read is absent, and fails where it is missed."""
+def _read_inputs(tasks: Sequence[Task]) -> dict[str, tuple[bytes, int]]:
+    """Contents and times of inputs by id; one that cannot be read is absent, and fails where it is missed."""
     inputs = {}
     for task in tasks:
         if task.input is not None:
             with suppress(OSError):
-                inputs[task.id] = Path(task.input).read_bytes()
+                path = Path(task.input)
+                inputs[task.id] = path.read_bytes(), path.stat().st_mtime_ns
     return inputs
 
 
@@ -431,9 +447,11 @@ class Cluster:
         """
         self.gpus, self.connected = gpus, connect(address)
 
-    def worker(self, world: str, name: str, options: Mapping[str, Any]) -> RayWorker:
+    def worker(
+        self, world: str, name: str, options: Mapping[str, Any], place: str | None = None
+    ) -> RayWorker:
         """A worker that is not started, as of `RayWorker`."""
-        return RayWorker(world, name, options, gpus=self.gpus)
+        return RayWorker(world, name, options, gpus=self.gpus, place=place)
 
     def close(self) -> None:
         """Disconnect; actors end."""

@@ -65,7 +65,8 @@ class RayOptions(Options):
     def wanted(self, queued: int, seconds: float) -> int:
         """Workers that begin so many jobs, of so many seconds each, within the target."""
         return min(
-            self.max_workers, max(self.min_workers, math.ceil(queued * seconds / self.target_wait_s))
+            self.max_workers,
+            max(self.min_workers, math.ceil(queued * seconds / self.target_wait_s)),
         )
 
 
