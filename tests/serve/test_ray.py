@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from PIL import Image
 
 from worldline.serve.errors import ApiError
 from worldline.serve.jobs import Queue, Settings
-from worldline.serve.records import Job, Task, new_id
+from worldline.serve.records import Job, Task, WorkerDied, new_id
 from worldline.serve.scaling import Autoscaler, RayOptions
 from worldline.serve.store import Store
 from worldline.serve.workers import LocalWorker
@@ -273,7 +274,7 @@ def test_two_gpus_make_a_video_together(server: Server, tmp_path: Path) -> None:
         assert json.loads((tmp_path / "one/report.json").read_text())["processes"]
         assert len(worker._actors) == 2
         task = Task("three", checked.request, None, None, str(tmp_path / "three"))
-        with pytest.raises(Exception, match="ended"):  # noqa: PT012
+        with pytest.raises(WorkerDied, match="two"):  # noqa: PT012
             async for event in worker.run([task]):
                 if event.get("kind") == "denoise":
                     ray.kill(worker._actors[1])
@@ -281,3 +282,59 @@ def test_two_gpus_make_a_video_together(server: Server, tmp_path: Path) -> None:
         await until(lambda: ray.available_resources().get("GPU", 0) == 2)
 
     server.run(test())
+
+
+def test_workers_that_cannot_start(server: Server) -> None:
+    async def test() -> None:
+        import ray
+
+        from worldline.serve.ray_workers import RayWorker
+
+        absent = RayWorker("w", "w/8", {}, gpus=0, place="no-such-world")
+        with pytest.raises(WorkerDied, match=r"w/8.*no-such-world"):
+            await absent.start()
+        wrong = RayWorker("w", "w/8", {"dtype": "float7"}, gpus=0, place=WORLD)
+        with pytest.raises(WorkerDied, match=r"w/8.*float7"):
+            await wrong.start()
+        for gpus in (1, 3):  # of which a node has 2
+            here = [RayWorker("w", f"w/{i}", {}, gpus=gpus, place=WORLD) for i in range(3)]
+            starts = [asyncio.create_task(worker.start()) for worker in here]
+            await asyncio.sleep(0.5)
+            assert [worker.state for worker in here] == ["loading"] * 3
+            for worker in here:
+                await worker.stop(kill=True)
+            for start in starts:
+                with pytest.raises(WorkerDied):
+                    await asyncio.wait_for(start, 20)
+            await until(lambda: ray.available_resources().get("GPU", 0) == 2)
+        assert {worker.state for worker in (absent, wrong, *here)} == {"dead"}
+        task = Task("four", SHORT, None, None, "four")
+        with pytest.raises(WorkerDied):
+            await anext(aiter(absent.run([task])))
+        with pytest.raises(WorkerDied):
+            await absent.check(SHORT, None, None)
+
+    server.run(test())
+
+
+def test_files_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worldline.serve import ray_workers
+
+    done = {"event": "done", "id": "video_1", "result": {}}
+    files = {"video.mp4": b"video", "report.json": b"{}", "../escape": b"x"}
+    assert ray_workers.keep(tmp_path / "a", files, done) == done
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "video.mp4",
+        "report.json",
+        "escape",
+    }
+    for number, code in ((errno.ENOSPC, "disk_full"), (errno.EACCES, "internal_error")):
+
+        def fail(*_: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number), str(tmp_path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_workers, "synchronise", fail)
+            event = ray_workers.keep(tmp_path / code, files, done)
+        assert (event["event"], event["id"], event["code"]) == ("failed", "video_1", code)
+        assert str(tmp_path) not in event["message"]

@@ -11,15 +11,9 @@ import asyncio
 import errno
 import itertools
 import logging
-import os
-import queue
-import socket
-import tempfile
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +22,10 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from worldline.errors import Error, one_line
-from worldline.files import remove, replacing_all
+from worldline.errors import one_line
+from worldline.files import replacing_all
 from worldline.fleet.driver import connect
+from worldline.serve.actor import ENDS, Process
 from worldline.serve.errors import ApiError
 from worldline.serve.folder import synchronise
 from worldline.serve.media import probe
@@ -42,130 +37,9 @@ _BEAT_S = 2.0
 _LOOK_S = 30.0  # between lines about a worker that waits for room
 _STOP_S = 120.0  # for a step to end, at most
 _ARRIVE_S = 5.0  # for its files to arrive
-_ENDS = ("done", "failed", "cancelled")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # calls wait for others of their group alone: a world answers while it makes videos
 _MAKE, _CONCURRENT = "make", 4
-
-
-class Process:
-    """The process of an actor: a world, or its share of one that several GPUs hold."""
-
-    def __init__(self, folder: Path) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        with suppress(OSError):  # where the API process finds its models
-            os.chdir(folder)
-        self._worker: Any = None
-        self._making: threading.Thread | None = None
-        self._answer: dict[str, Any] = {}
-        self._batches: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {}
-
-    def address(self) -> tuple[str, int]:
-        """Address of the node, and a port that is free."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
-
-    def pid(self) -> int:
-        """Id of the process."""
-        return os.getpid()
-
-    def load(
-        self, world: str, options: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """Facts of the world, once it is loaded; or {"message"}: why it is not."""
-        from worldline.serve.worker import Worker
-
-        os.environ.update(environment)
-        worker = self._worker = Worker(self, world, dict(options))
-        try:
-            worker.load(time.monotonic())
-        except Exception as error:
-            if not isinstance(error, Error):
-                logger.exception("%s cannot load", world)
-            return {"message": str(error) if isinstance(error, Error) else one_line(error)}
-        self._making = threading.Thread(target=self._make, name="make", daemon=True)
-        self._making.start()
-        facts: dict[str, Any] = self._answer["facts"]
-        return facts
-
-    def _make(self) -> None:
-        try:
-            self._worker.make()
-        except BaseException:  # other processes of the world wait for this one in a collective
-            logger.exception("the world cannot go on")
-            logging.shutdown()
-            os._exit(1)
-        for events in [*self._batches.values()]:
-            events.put(None)
-
-    def send(self, event: dict[str, Any]) -> None:
-        """Take an event of the worker, as its socket elsewhere does."""
-        events = self._batches.get(event.pop("batch", 0))
-        if events is not None:
-            events.put(event)
-        elif event["event"] == "ready":
-            self._answer = event
-
-    def run(
-        self, number: int, tasks: Sequence[Task], inputs: Mapping[str, tuple[bytes, int]]
-    ) -> Iterator[dict[str, Any]]:
-        """Events of a batch, as of `records.Worker.run`; done has "files", their contents by name.
-
-        Args:
-            number: of the batch.
-            tasks: their inputs are names, their folders are the API process's.
-            inputs: contents and times of modification by id.
-        """
-        events = self._batches[number] = queue.SimpleQueue()
-        missing, free = {task.id for task in tasks}, False
-        with tempfile.TemporaryDirectory(prefix="worldline-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
-            here = [_place(task, folder, inputs.get(task.id)) for task in tasks]
-            self._worker.maker.add(here)
-            self._worker.batches.put((number, here))
-            try:
-                while (missing or not free) and (event := events.get()) is not None:
-                    free = free or event["event"] == "free"
-                    if event["event"] in _ENDS:
-                        missing.discard(event["id"])
-                    if event["event"] == "done":
-                        made = folder / event["id"]
-                        event["files"] = {path.name: path.read_bytes() for path in made.iterdir()}
-                        remove(made)
-                    yield event
-            finally:
-                del self._batches[number]
-
-    def check(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request, while videos are made, too."""
-        answer: dict[str, Any] = self._worker.check(message)
-        return answer
-
-    def cancel(self, id: str) -> None:
-        """End a task at its next step."""
-        self._worker.maker.cancel(id)
-
-    def heartbeat(self) -> int:
-        """Peak bytes of memory."""
-        peak: int = self._worker.measure()
-        return peak
-
-    def stop(self) -> None:
-        """End after the current step, and files that are being written."""
-        self._worker.stop()
-        if self._making is not None:
-            self._making.join()
-
-
-def _place(task: Task, folder: Path, input: tuple[bytes, int] | None) -> Task:
-    """A task with its files in a folder of this node."""
-    path = None if task.input is None else folder / Path(task.input).name
-    if path is not None and input is not None:
-        content, modified = input
-        path.write_bytes(content)
-        os.utime(path, ns=(modified, modified))  # which the report has
-    return replace(task, input=None if path is None else str(path), folder=str(folder / task.id))
 
 
 class RayWorker:
@@ -212,10 +86,10 @@ class RayWorker:
         """
         try:
             self._begin()
-            address = await self._patiently(_one(self._actors[0].address.remote()))
+            port = await self._patiently(_one(self._actors[0].port.remote()))
             loads = [
                 actor.load.options(concurrency_group=_MAKE).remote(
-                    self._place, self.options, self._environment(rank, *address)
+                    self._place, self.options, self._environment(rank, port)
                 )
                 for rank, actor in enumerate(self._actors)
             ]
@@ -251,12 +125,12 @@ class RayWorker:
                 placed["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, rank)
             self._actors.append(remote.options(**placed).remote(Path.cwd()))
 
-    def _environment(self, rank: int, host: str, port: int) -> dict[str, str]:
-        """What names a process among those of its world, as torchrun would."""
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        """What names a process among those of its world, as torchrun would on one node."""
         if self._gpus <= 1:
             return {}
-        shared = {"WORLD_SIZE": str(self._gpus), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        return {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        place = {"WORLD_SIZE": self._gpus, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        return {"MASTER_ADDR": "127.0.0.1", **{name: str(n) for name, n in place.items()}}
 
     async def _patiently(self, work: Awaitable[Any]) -> Any:
         """Result of some work; each half minute a line about what it waits for."""
@@ -353,7 +227,7 @@ class RayWorker:
                     self._free()
                 if (files := event.pop("files", None)) is not None:
                     event = await asyncio.to_thread(keep, folders[event["id"]], files, event)
-                if event["event"] in _ENDS:
+                if event["event"] in ENDS:
                     missing.discard(event["id"])
                     self._cancelled.discard(event["id"])
                 yield event
@@ -402,7 +276,7 @@ async def _all(references: Sequence[Any]) -> list[Any]:
 
 
 def _read_inputs(tasks: Sequence[Task]) -> dict[str, tuple[bytes, int]]:
-    """Contents and times of inputs by id; one that cannot be read is absent, and fails where it is missed."""
+    """Contents and times of inputs by id; a task whose input is absent fails by that."""
     inputs = {}
     for task in tasks:
         if task.input is not None:
@@ -414,12 +288,12 @@ def _read_inputs(tasks: Sequence[Task]) -> dict[str, tuple[bytes, int]]:
 
 def keep(folder: Path, files: Mapping[str, bytes], event: dict[str, Any]) -> dict[str, Any]:
     """Write the files of a task, all whole or none; its last event."""
-    paths = [folder / Path(name).name for name in sorted(files)]
+    paths = [folder / Path(name).name for name in files]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_all(paths) as temporaries:
-            for temporary, path in zip(temporaries, paths, strict=True):
-                temporary.write_bytes(files[path.name])
+            for temporary, content in zip(temporaries, files.values(), strict=True):
+                temporary.write_bytes(content)
         synchronise(folder)
     except OSError as error:
         failed = {"event": "failed", "id": event["id"], "param": None}
