@@ -148,8 +148,10 @@ def read_fields(values: Mapping[str, Any], model: str, facts: Facts) -> Wanted:
 
 def _unknown(name: str, facts: Facts) -> ApiError:
     """The error of a field that the world does not have."""
-    families = [] if name.endswith(_HIDDEN) else families_with(ALIASES.get(name, name))
-    if families:
+    families = () if name.endswith(_HIDDEN) else families_with(ALIASES.get(name, name))
+    if name == "prompt":
+        message = f"prompt: {facts.name} takes none; leave it out"
+    elif families:
         others = " and ".join(families)
         message = f"{name}: {facts.name} has no such field; worlds of {others} have it"
     else:
@@ -213,12 +215,15 @@ def frames_of(number: float, facts: Facts) -> int:
     frames = nearest_frames(round(number), multiple)
     if most := facts.limits.get("max_frames"):
         frames = min(frames, 1 + (int(most) - 1) // multiple * multiple)
-    return frames
+    return max(frames, int(facts.limits.get("min_frames") or 1))
 
 
 def _read_prompt(stated: Mapping[str, Any], facts: Facts) -> None:
     prompt = stated.get("prompt")
     if prompt is None:
+        if facts.limits.get("prompt") == "required":
+            message = "prompt is missing; describe the video"
+            raise ApiError("missing_parameter", message, "prompt")
         return
     if len(prompt) > MAX_PROMPT:
         message = f"prompt has {len(prompt):,} characters; give at most {MAX_PROMPT:,}"
@@ -443,12 +448,12 @@ def model_object(
             if value is not None:
                 limits[limit] = min(value, limits.get(limit) or value)
         defaults = facts.defaults
-        size = f"{defaults.get('width')}x{defaults.get('height')}"
+        size = defaults.get("width"), defaults.get("height")
         world = {
             "state": "ready",
             "family": facts.family,
             "inputs": list(facts.inputs),
-            "sizes": list(limits.get("sizes") or [size]),
+            "sizes": [f"{w}x{h}" for w, h in limits.get("sizes") or [size]],
             "frames": {
                 "default": defaults.get("num_frames", defaults.get("num_video_frames")),
                 "multiple": limits.get("frames_multiple", 1),
