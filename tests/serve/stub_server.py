@@ -385,13 +385,15 @@ def make_stub(stub: Stub) -> FastAPI:
         else:
             form = await request.form()
             stated = {name: value for name, value in form.items() if isinstance(value, str)}
-            upload = form.get("input_reference")
+            file = form.get("input_reference")
+            upload = None if file is None else await file.read()
+            await form.close()
         reference = stated.pop("input_reference", None)
         if reference is not None:
             origin = stub.find(reference["input_of"], owner(request))
         continued = stub.find(stated.pop("video")["id"], owner(request)) if extends else None
         if upload is not None:
-            data = await upload.read()
+            data = upload
             picture = data.startswith((b"\x89PNG", b"\xff\xd8"))
             if not picture and data[4:8] != b"ftyp":
                 message = "input_reference: it is no image and no video; give png, jpeg or mp4"

@@ -2,6 +2,7 @@
 // What a client or a server wrote reaches the document as textContent, never as HTML.
 
 const PAGE = 20; // videos of a page of the list
+const MOST_UNDER_WAY = 300; // that are listed without being asked for: the oldest is made first
 const SEEDS = 2 ** 32;
 const ENDED = new Set(["completed", "failed", "cancelled"]);
 const STATUS = {
@@ -51,6 +52,12 @@ function element(tag, properties = {}, ...children) {
 
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
+}
+
+function setRange(range, value, most) {
+  range.max = most;
+  range.value = value;
+  range.style.setProperty("--fill", `${most ? (100 * value) / most : 0}%`);
 }
 
 function setIcon(button, icon, label) {
@@ -725,15 +732,16 @@ let listed = false;
 // The list as the server has it: after a start, a lost connection, a hidden tab.
 async function resync() {
   const started = performance.now(), wanted = Math.max(PAGE, runs.size), seen = new Set();
+  const underWay = () => !ENDED.has(page.data.at(-1)?.status) && seen.size < MOST_UNDER_WAY;
   let after = "", page;
   do {
-    page = await read(`v1/videos?order=desc&limit=${Math.min(100, wanted - seen.size)}${after}`);
+    page = await read(`v1/videos?order=desc&limit=${Math.max(PAGE, Math.min(100, wanted - seen.size))}${after}`);
     for (const video of page.data) {
       seen.add(video.id);
       put(video);
     }
     after = `&after=${encodeURIComponent(page.last_id)}`;
-  } while (page.has_more && page.data.length && seen.size < wanted);
+  } while (page.has_more && page.data.length && (seen.size < wanted || underWay()));
   hasMore = page.has_more;
   listed = true;
   for (const run of [...runs.values()]) if (!seen.has(run.id) && run.addedAt < started) drop(run.id);
@@ -851,16 +859,15 @@ function render(run) {
   if (status === "failed") setText(problem, video.error?.message ?? "No reason is known.");
   problem.hidden = status !== "failed";
   hook("cancel", card).hidden = ended;
-  for (const name of ["download", "download-report", "report"]) hook(name, card).hidden = !done;
+  for (const name of ["download-report", "report"]) hook(name, card).hidden = !done;
   part("pick", card).hidden = !done;
   const facts = factsOf(worldOf(video)), kinds = facts.inputs ?? [];
   hook("continue", card).hidden = !done || !(kinds.includes("video") || kinds.includes("image"));
   hook("remix", card).hidden = !ended || !facts.fields?.prompt || !video.prompt;
   hook("run-preview", card).alt = done ? "" : "Preview of the video";
-  const image = hook("run-preview", card);
   if (!ended) showStill(run, run.preview);
   else if (!done) showStill(run, null);
-  if (image.hidden && done && hook("video", card).hidden) loadMedia(run);
+  if (done && !run.url) loadMedia(run);
 }
 
 function showStill(run, url) {
@@ -878,13 +885,13 @@ function showLeft(run) {
 
 function showFacts({ video, card }) {
   const facts = [];
-  if (worlds.length > 1) facts.push(video.model);
   if (video.num_frames) facts.push(`${video.num_frames} frames`);
   if (video.width) facts.push(`${video.width} × ${video.height}`);
   if (video.seconds) facts.push(`${number(Number(video.seconds).toFixed(2))} s`);
   if (video.seed != null) facts.push(`seed ${video.seed}`);
   if (video.inference_time_s) facts.push(`made in ${duration(video.inference_time_s)}`);
   facts.push(since(video.created_at));
+  if (worlds.length > 1) facts.push(video.model);
   setText(hook("run-facts", card), facts.join(" · "));
 }
 
@@ -956,8 +963,7 @@ function player(run, card) {
   const shape = () => ({ fps: frameRate(run.video), frames: run.video.num_frames || Math.round(video.duration * frameRate(run.video)) });
   run.showFrame = () => {
     const { fps, frames } = shape(), frame = frameAt(video.currentTime, fps, frames);
-    scrub.max = frames - 1;
-    scrub.value = frame;
+    setRange(scrub, frame, frames - 1);
     setText(label, `${frame + 1} / ${frames}`);
     scrub.setAttribute("aria-valuetext", `Frame ${frame + 1} of ${frames}`);
   };
@@ -1162,6 +1168,8 @@ async function compare() {
     ...videos.map((video, index) => tile(pathOf(video.id, "/content"), `Video ${index + 1}`, video.prompt, details[index])),
   ]);
   tiles.replaceChildren(...figures);
+  tiles.style.setProperty("--columns", { 4: 2 }[figures.length] ?? Math.min(3, figures.length));
+  tiles.style.setProperty("--tall", figures.length > 3 ? "32dvh" : "62dvh");
   const media = [...tiles.querySelectorAll("video")].filter((video) => video.duration > 0);
   chosen.forEach(({ card }) => hook("video", card).pause());
   dialog.showModal();
@@ -1170,7 +1178,7 @@ async function compare() {
   let together = null;
   const report = () => {
     const frame = frameAt(together.leader.currentTime, fps, frames);
-    scrub.value = frame;
+    setRange(scrub, frame, frames - 1);
     setText(label, `${frame + 1} / ${frames}`);
   };
   const show = () => setIcon(button, together?.playing ? "pause" : "play", together?.playing ? "Pause" : "Play");
@@ -1180,8 +1188,9 @@ async function compare() {
     show();
   };
   if (media.length) together = new Together(media, fps, frames, report);
-  scrub.max = frames - 1;
+  setRange(scrub, 0, frames - 1);
   scrub.oninput = () => {
+    setRange(scrub, Number(scrub.value), frames - 1);
     together?.stop();
     together?.seek(timeOf(Number(scrub.value), fps));
     setText(label, `${Number(scrub.value) + 1} / ${frames}`);
@@ -1235,6 +1244,7 @@ async function* messages(stream) {
 async function handle(name, data) {
   if (name === "shutdown") return showConnection("lost", "The server is stopping");
   const run = runs.get(data.id);
+  if (!run && hasMore && data.id < [...runs.keys()].sort()[0]) return; // of a page that is not loaded
   if (ENDED.has(name)) {
     put(data.object ? data : await read(pathOf(data.id)));
     if ([...runs.values()].some(({ video }) => video.status === "queued")) resyncSoon();
