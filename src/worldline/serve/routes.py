@@ -95,10 +95,9 @@ class Videos:
     async def content(self, request: Request) -> Response:
         job, folder = self._job(request), None
         variant = request.query_params.get("variant", "video")
-        if variant not in ("video", "thumbnail", "spritesheet", "report", "input"):
-            message = (
-                f"variant is {brief(variant)}; give video, thumbnail, spritesheet, report or input"
-            )
+        variants = ("video", "lossless", "thumbnail", "spritesheet", "report", "input")
+        if variant not in variants:
+            message = f"variant is {brief(variant)}; give one of {', '.join(variants)}"
             raise ApiError("invalid_value", message, "variant")
         if variant == "input":
             path = self.store.input_path(job)
@@ -114,6 +113,7 @@ class Videos:
                 await asyncio.to_thread(spritesheet, folder)
         name = {
             "video": "video.mp4",
+            "lossless": "lossless.mkv",
             "thumbnail": "thumbnail.jpg",
             "spritesheet": "spritesheet.jpg",
             "report": "report.json",
