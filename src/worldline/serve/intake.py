@@ -174,7 +174,9 @@ class Intake:
         if source is not None:
             source.path.unlink(missing_ok=True)
 
-    async def take(self, reference: Any, owner: str, param: str = "input_reference") -> Source | None:
+    async def take(
+        self, reference: Any, owner: str, param: str = "input_reference"
+    ) -> Source | None:
         """The input that a client names, as a file that opens.
 
         Raises:

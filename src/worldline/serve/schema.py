@@ -107,7 +107,9 @@ def choose_model(model: Any, worlds: Sequence[str]) -> str:
         raise ApiError("invalid_value", f"model is {brief(model)}; give one of {known}", "model")
     if model not in worlds:
         close = did_you_mean(model, worlds, 0.6) or f"; there are {known}"
-        raise ApiError("model_not_found", f"model {brief(str(model))}: no such world{close}", "model")
+        raise ApiError(
+            "model_not_found", f"model {brief(str(model))}: no such world{close}", "model"
+        )
     return str(model)
 
 
@@ -131,7 +133,9 @@ def read_fields(values: Mapping[str, Any], model: str, facts: Facts) -> Wanted:
             continue  # a form's empty field
         converted = convert(written, value, schema)
         if name in stated and stated[name] != converted:
-            message = f"{names[name]} is {brief(stated[name])}, {written} {brief(converted)}; give one"
+            message = (
+                f"{names[name]} is {brief(stated[name])}, {written} {brief(converted)}; give one"
+            )
             raise ApiError("conflicting_parameters", message, _label(written))
         stated[name], names[name] = converted, written
     for name in NO_EFFECT:
@@ -240,7 +244,9 @@ def read_metadata(value: Any) -> dict[str, str] | None:
         return None
     texts = isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
     if not texts or len(value) > 16:
-        raise ApiError("invalid_value", "metadata must be an object of at most 16 strings", "metadata")
+        raise ApiError(
+            "invalid_value", "metadata must be an object of at most 16 strings", "metadata"
+        )
     if any(len(name) > 64 or len(text) > 512 for name, text in value.items()):
         message = "metadata: names have at most 64 characters, strings 512"
         raise ApiError("invalid_value", message, "metadata")
@@ -289,8 +295,10 @@ def _convert(value: Any, schema: Mapping[str, Any]) -> Any:
         raise ValueError(" or ".join(map(str, values)))
     kind = schema.get("type")
     reader = _READERS.get(kind) if isinstance(kind, str) else None
-    return str(value) if isinstance(value, FormText) and not reader else (
-        reader(value, schema) if reader else value
+    return (
+        str(value)
+        if isinstance(value, FormText) and not reader
+        else (reader(value, schema) if reader else value)
     )
 
 
@@ -444,7 +452,10 @@ def model_object(
     world: dict[str, Any] = {"state": "loading"}
     if facts is not None:
         limits = dict(facts.limits)
-        for limit, value in (("max_frames", settings.max_frames), ("max_pixels", settings.max_pixels)):
+        for limit, value in (
+            ("max_frames", settings.max_frames),
+            ("max_pixels", settings.max_pixels),
+        ):
             if value is not None:
                 limits[limit] = min(value, limits.get(limit) or value)
         defaults = facts.defaults
