@@ -42,7 +42,7 @@ def make_app(
     queue: Queue, store: Store, settings: AppSettings | None = None, access: Access | None = None
 ) -> FastAPI:
     """The application of a queue; `app.state.videos` and `app.state.metrics` are its parts."""
-    settings, access = settings or AppSettings(), access or Access()
+    settings, access = settings or AppSettings.parse({}), access or Access()
     app = FastAPI(
         title="Worldline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
