@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,11 @@ def test_create_retrieve_download_delete(client: openai.OpenAI, tmp_path: Path) 
         "0.2",
     )
     assert video._request_id
-    for variant, start in (("video", b""), ("thumbnail", b"\xff\xd8"), ("spritesheet", b"\xff\xd8")):
+    for variant, start in (
+        ("video", b""),
+        ("thumbnail", b"\xff\xd8"),
+        ("spritesheet", b"\xff\xd8"),
+    ):
         data = client.videos.download_content(video.id, variant=variant).read()
         assert data.startswith(start)
         if variant == "video":
@@ -107,12 +113,16 @@ def test_inputs(client: openai.OpenAI, picture: bytes, clip: Path, form: str) ->
     assert video.status == "completed", video
     assert video.request["num_input_frames"] == (5 if form == "clip" else 1)
     assert video.request["input_reference"] == {"input_of": video.id}
-    kept = client.get(f"/videos/{video.id}/content?variant=input", cast_to=openai.HttpxBinaryResponseContent)
+    kept = client.get(
+        f"/videos/{video.id}/content?variant=input", cast_to=openai.HttpxBinaryResponseContent
+    )
     assert kept.read() == (clip.read_bytes() if form == "clip" else picture)
 
 
 def test_one_seed_makes_one_video(client: openai.OpenAI) -> None:
-    jobs: list[Any] = [make(client, extra_body={"seed": 7, "extra_params": {"guidance": 2}}) for _ in "ab"]
+    jobs: list[Any] = [
+        make(client, extra_body={"seed": 7, "extra_params": {"guidance": 2}}) for _ in "ab"
+    ]
     videos: list[Any] = [client.videos.poll(job.id) for job in jobs]
     first, second = (client.videos.download_content(v.id).read() for v in videos)
     assert first == second
@@ -164,6 +174,38 @@ def test_wrong_requests(client: openai.OpenAI) -> None:
         client.videos.create(prompt="a ball", model="tiny-Cosmos-Predict2.5-3B")
     assert missing.value.code == "model_not_found"
     assert WORLD in str(missing.value)
+
+
+def bomb() -> bytes:
+    """PNG of 60,000 x 60,000 pixels in a few bytes."""
+    data = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR", data), (b"IDAT", zlib.compress(bytes(1 << 20))), (b"IEND", b"")
+    packed = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def test_damaged_media(client: openai.OpenAI, server: Running, clip: Path, picture: bytes) -> None:
+    whole = clip.read_bytes()
+    for name, data in {
+        "truncated MP4": whole[: len(whole) // 2],
+        "head of an MP4": whole[:64],
+        "bomb": bomb(),
+        "truncated PNG": picture[: len(picture) // 2],
+        "playlist behind a head": whole[:32] + b"#EXTM3U\nfile:///etc/passwd\n",
+        "short WEBP": b"RIFF\x10\0\0\0WEBPVP8 \0\0\0\0",
+        "GIF head": b"GIF89a\x01\0\x01\0",
+        "MKV head": b"\x1a\x45\xdf\xa3" + bytes(60),
+    }.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            make(client, input_reference=("a.mp4", data), extra_body={"num_video_frames": 9})
+        assert (caught.value.code, caught.value.param) == ("unreadable_media", "input_reference"), (
+            name
+        )
+        assert str(server.store.path) not in str(caught.value)
+    assert server.incoming() == []
 
 
 def test_asynchronous_client(server: Running) -> None:

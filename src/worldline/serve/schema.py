@@ -132,6 +132,8 @@ def read_fields(values: Mapping[str, Any], model: str, facts: Facts) -> Wanted:
         if isinstance(value, FormText) and not value and name != "negative_prompt":
             continue  # a form's empty field
         converted = convert(written, value, schema)
+        if name in OWN:  # a world may state no limit
+            convert(written, converted, OWN[name])
         if name in stated and stated[name] != converted:
             message = (
                 f"{names[name]} is {brief(stated[name])}, {written} {brief(converted)}; give one"
@@ -187,7 +189,7 @@ def _read_size(stated: dict[str, Any], names: Mapping[str, str], facts: Facts) -
             if stated.setdefault(name, value) != value:
                 message = f"size is {size}, but {name} {stated[name]}; give one"
                 raise ApiError("conflicting_parameters", message, name)
-            convert("size", value, _SIDE)
+            convert("size", value, facts.fields.get(name) or _SIDE)
     for name in ("width", "height"):
         if name in stated and name not in facts.fields:
             default = facts.defaults.get(name)

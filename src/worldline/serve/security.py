@@ -17,7 +17,7 @@ from starlette.responses import Response
 from worldline.errors import brief, printable
 from worldline.serve.answers import error_response
 from worldline.serve.errors import ApiError
-from worldline.serve.settings import LOOPBACK, Access, AppSettings
+from worldline.serve.settings import LOOPBACK, MAX_HEADER, Access, AppSettings
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,11 @@ class Gate:
         """Owner of what a request makes.
 
         Raises:
-            ApiError: host_refused, origin_refused, invalid_api_key.
+            ApiError: request_too_large, host_refused, origin_refused, invalid_api_key.
         """
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER:
+            message = f"the headers are longer than {MAX_HEADER:,} bytes; send less"
+            raise ApiError("request_too_large", message)
         is_open = path in _OPEN or path.startswith(_OPEN_BELOW)
         host = headers.get("host", "")
         is_health = path == "/health" or path.startswith("/v1/health/")
