@@ -440,7 +440,7 @@ WRONG_FIELDS: list[Any] = [
     *({"num_steps": value} for value in (0, 1001, -5, "many", 2.5, 10**40)),
     *({"num_frames": value} for value in (0, -1, 1e308, "9 frames", 10**30)),
     *({"guidance": value} for value in (-1, 101, 1e308, "high", [])),
-    *({"fps": value} for value in (0, 0.5, 241, "fast", None and 1, -24) if value is not None),
+    *({"fps": value} for value in (0, 0.5, 241, "fast", -24)),
     *({"size": value} for value in ("", "x", "96x", "0x0", "96x64x3", 96, "../x..", "-96x64")),
     *({"seconds": value} for value in (0, -1, "nan", "inf", "four", 1e308, [], True)),
     *({"width": value} for value in (0, -1, "wide", 1e9)),
@@ -591,11 +591,13 @@ POST = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\n"
     "data",
     [
         POST
-        + b"Content-Type: application/json\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
+        + b"Content-Type: application/json\r\nContent-Type: text/plain\r\n"
+        + b"Content-Length: 2\r\n\r\n{}",
         POST + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n",
         POST + b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{}",
         POST
-        + f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\nContent-Length: 9999\r\n\r\n".encode()
+        + f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n".encode()
+        + b"Content-Length: 9999\r\n\r\n"
         + form(("input_reference", PNG.getvalue(), "a.png"), end=False),
         POST + b"Content-Length: 9000000000\r\nContent-Type: application/json\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n",

@@ -99,9 +99,10 @@ def test_options_go_to_the_worlds_that_have_them() -> None:
         first, second = choose_worlds(flags, context)
     assert first.options == {"device": "cpu"}
     assert second.options == {"device": "cpu", "schedule": "karras"}
-    with serve.make_context("serve", [both[0], "--schedule", "karras"]) as context:
-        with pytest.raises(InputError, match="--schedule"):
-            choose_worlds(ServeFlags.parse({"words": tuple(both[:1])}), context)
+    flags = ServeFlags.parse({"words": tuple(both[:1])})
+    context = serve.make_context("serve", [both[0], "--schedule", "karras"])
+    with context, pytest.raises(InputError, match="--schedule"):
+        choose_worlds(flags, context)
 
 
 def test_refused_starts() -> None:

@@ -82,9 +82,9 @@ class ServeCommand(ManyValues):
         for place, word in enumerate(args):
             words.append(word)
             following = args[place + 1 : place + 2]
-            if word.replace("-", "_") == name.replace("-", "_"):
-                if not following or following[0].startswith("-"):
-                    words.append(_ANY_HOST)
+            alone = not following or following[0].startswith("-")
+            if alone and word.replace("-", "_") == name.replace("-", "_"):
+                words.append(_ANY_HOST)
         return super().parse_args(ctx, words)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -62,8 +63,7 @@ class Body:
 async def read_body(request: Request, settings: AppSettings, incoming: Callable[[], Path]) -> Body:
     """Fields and files of a request.
 
-    Args:
-        incoming: makes a fresh path for a file.
+    `incoming` makes a fresh path for a file.
 
     Raises:
         ApiError: the body is too large, too slow, or no valid JSON object or form.
@@ -352,7 +352,7 @@ def _nested(texts: Iterable[tuple[str, FormText]]) -> dict[str, Any]:
         if len(keys) > MAX_DEPTH:
             raise _too_deep()
         where: Any = values
-        for key, following in zip(keys, keys[1:], strict=False):
+        for key, following in pairwise(keys):
             empty: Any = [] if following == "" else {}
             inside = where.setdefault(key, empty) if isinstance(where, dict) else None
             if type(inside) is not type(empty):

@@ -87,6 +87,8 @@ class Intake:
         """A job from fields and files; everything is checked before.
 
         Args:
+            request: its headers and owner count.
+            body: fields and files.
             parent: id of the job that it continues.
             base: fields of the world's request that hold where the body states none.
             number: of several jobs of one request.

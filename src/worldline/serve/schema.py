@@ -40,11 +40,11 @@ OWN: dict[str, Mapping[str, Any]] = {
     "num_video_frames": _SIDE,
     "preview_every": {"type": "integer", "minimum": 0, "maximum": 1000},
     "seed": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1 << 32},
-    **dict.fromkeys(NO_EFFECT, {"type": "string"}),
+    **{name: {"type": "string"} for name in NO_EFFECT},
 }
 _STRUCTURED = ("model", "input_reference", "metadata", "extra_params")
 _HIDDEN = "_embeddings"  # end of names of fields that name a file of the server
-_SIZE = re.compile(r"\s*(\d{1,7})\s*[xX×*]\s*(\d{1,7})\s*", re.ASCII)
+_SIZE = re.compile(r"\s*(\d{1,7})\s*[xX*\u00d7]\s*(\d{1,7})\s*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}\.?\d{0,400}|\.\d{1,400})([eE][+-]?\d{1,4})?", re.ASCII)
 
 
@@ -145,9 +145,8 @@ def read_fields(values: Mapping[str, Any], model: str, facts: Facts) -> Wanted:
     _read_size(stated, names, facts)
     _read_length(stated, names, facts)
     _read_prompt(stated, facts)
-    if "preview_every" in stated and "preview_every" not in facts.fields:
-        if stated.pop("preview_every"):
-            raise _unknown("preview_every", facts)
+    if "preview_every" not in facts.fields and stated.pop("preview_every", 0):
+        raise _unknown("preview_every", facts)
     reference = values.get("input_reference")
     return Wanted(model, stated, reference, read_metadata(values.get("metadata")))
 
@@ -210,8 +209,9 @@ def _read_length(stated: dict[str, Any], names: Mapping[str, str], facts: Facts)
                 f"{stated['num_video_frames']}; give one"
             )
             raise ApiError("conflicting_parameters", message, "seconds")
-    if "fps" in stated and "fps" not in facts.fields:
-        if stated.pop("fps") != facts.defaults.get("fps"):
+    if "fps" not in facts.fields:
+        usual = facts.defaults.get("fps")
+        if stated.pop("fps", usual) != usual:
             raise _unknown("fps", facts)
 
 

@@ -45,8 +45,8 @@ _HEADERS = {
 _METHODS = "GET, HEAD, POST, DELETE"
 _ALLOWED = "authorization, content-type, idempotency-key, last-event-id, range"
 _EXPOSED = (
-    "content-disposition, content-range, location, openai-poll-after-ms, retry-after, x-request-id, "
-    "x-video-id, x-seed"
+    "content-disposition, content-range, location, openai-poll-after-ms, retry-after, "
+    "x-request-id, x-video-id, x-seed"
 )
 
 
