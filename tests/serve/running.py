@@ -123,7 +123,7 @@ def running(
         started.append(Running(url, store, queue, app, loop))
         ready.set()
         try:
-            await server._serve([listener])
+            await server.serve([listener])
         finally:
             await queue.drain(0)
             store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -418,6 +419,38 @@ def test_urls_of_this_machine_are_refused(tmp_path: Path) -> None:
                 answer = server.ask("POST", "/v1/videos", body)
                 assert (answer.status, answer.code) == (400, "url_refused")
         assert server.incoming() == []
+
+
+OPENED: list[tuple[str, str | None]] | None = None
+
+
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and OPENED is not None and isinstance(arguments[0], str):
+        OPENED.append((arguments[0], arguments[1]))
+
+
+def test_files_of_clients_stay_in_the_folder(tmp_path: Path) -> None:
+    """An audit hook sees every file that the API process opens."""
+    global OPENED
+    sys.addaudithook(_record)
+    with serving(tmp_path / "data") as server:
+        OPENED = []
+        try:
+            for reference in ("/etc/passwd", "file:///etc/passwd", {"image_url": "/etc/passwd"}):
+                body = {"prompt": "a ball", "input_reference": reference}
+                assert server.ask("POST", "/v1/videos", body).status == 400
+            parts = ("input_reference", PNG.getvalue(), "/etc/passwd"), ("prompt", b"a ball")
+            id = server.ask("POST", "/v1/videos", form(*parts), MULTIPART).json()["id"]
+            server.wait(id)
+            for variant in ("video", "input", "../../../../etc/passwd"):
+                server.ask("GET", f"/v1/videos/{id}/content?variant={variant}")
+        finally:
+            opened, OPENED = OPENED, None
+    below = str(tmp_path / "data")
+    assert any(path.startswith(below) for path, _ in opened)
+    assert not [path for path, _ in opened if "passwd" in path]
+    written = [path for path, mode in opened if mode and set(mode) & set("wax+")]
+    assert all(path.startswith(below) for path in written), written
 
 
 def test_unexpected_errors(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from pydantic import Field
 from worldline.catalog import BUNDLED_PREFIX, find
 from worldline.cli.messages import results
 from worldline.cli.options import ManyValues, parameters, parsed, stated
-from worldline.errors import Error, InputError, printable, strerror
+from worldline.errors import Error, InputError, strerror
 from worldline.family import FAMILIES, requests_of
 from worldline.locate import bundled_names, locate
 from worldline.request import Count
@@ -289,7 +289,6 @@ async def run(
             for world in by_name
         }
         queue = Queue(store, workers, make_worker, settings)
-        queue.observers.append(log_job)
         app = make_app(queue, store, flags, access)
         server = make_server(app, _GRACE_S)
         port = listener.getsockname()[1]
@@ -297,7 +296,7 @@ async def run(
         await queue.start()
         follow_signals(queue, server, flags.drain_s)
         results.add(f"serving {', '.join(by_name)} at http://{host}:{port} (page and API)")
-        await server._serve([listener])
+        await server.serve([listener])
         await queue.drain(0)  # where no signal ended the server
     finally:
         store.close()
@@ -345,13 +344,3 @@ def local_worker(world: World, name: str, devices: Sequence[str]) -> Worker:
         chosen = None  # the caller chose
     worker = LocalWorker(world.name, name, world.options, devices=chosen, place=world.place)
     return worker
-
-
-def log_job(name: str, facts: Mapping[str, Any]) -> None:
-    """Log one line for a job that ended."""
-    if name == "finished":
-        seconds = facts.get("job_seconds")
-        parts = [f"{facts['world']} {facts['status']}", facts.get("code") or ""]
-        parts.append("" if seconds is None else f"{seconds:.2f} s")
-        line = printable(" ".join(filter(None, parts)))
-        logger.info("job of %s", line, extra={"repeats": True})

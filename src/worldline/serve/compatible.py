@@ -67,6 +67,9 @@ class Compatible:
         body = await self.videos.intake.read(request)
         try:
             body.values = values = flattened(body.values)
+            if body.uploads or "input_reference" in values:
+                message = "input_reference: a picture takes no input; make a video"
+                raise ApiError("unknown_parameter", message, "input_reference")
             count = convert("n", values.pop("n", 1), _COUNT)
             shape = values.pop("response_format", "b64_json")
             if shape != "b64_json":

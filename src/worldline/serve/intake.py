@@ -94,6 +94,7 @@ class Intake:
             number: of several jobs of one request.
         """
         owner, key = owner_of(request), _idempotency_key(request)
+        key = f"{key} {number}" if key and number else key
         values = flattened(body.values)
         model = choose_model(values.get("model"), self.queue.worlds)
         _refuse_files(body, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import h11
@@ -35,7 +36,14 @@ class Protocol(H11Protocol):
         self.transport.close()
 
 
-def make_server(app: Any, grace_s: int) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """A server that leaves signals alone."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def make_server(app: Any, grace_s: int) -> Server:
     """A server that is not started; its signals are the caller's."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it speaks of what we log, too
     config = uvicorn.Config(
@@ -51,4 +59,4 @@ def make_server(app: Any, grace_s: int) -> uvicorn.Server:
         timeout_graceful_shutdown=grace_s,
         h11_max_incomplete_event_size=MAX_HEADER,
     )
-    return uvicorn.Server(config)
+    return Server(config)
