@@ -117,7 +117,7 @@ class FakeWorker:
         for kind, total in kinds:
             for done in range(total):
                 for task in list(open_):
-                    if event := await self._incident(task, kind, done, len(open_)):
+                    if event := await self._incident(task, kind, done, len(tasks)):
                         open_.remove(task)
                         yield event
                 if not open_:
@@ -139,7 +139,12 @@ class FakeWorker:
         yield {"event": "free"}
         for task in open_:
             yield {"event": "step", "id": task.id, "kind": "decode", "done": 0, "total": 1}
-            self._write(task)
+            try:
+                self._write(task)
+            except OSError:
+                words = {"code": "disk_full", "message": "The disk is full.", "param": None}
+                yield {"event": "failed", "id": task.id, **words}
+                continue
             await self._sleep(0)
             result = {
                 "inference_time_s": time.monotonic() - started,

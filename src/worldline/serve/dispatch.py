@@ -130,6 +130,8 @@ class Dispatcher:
                     tasks.append(await outcomes.blocking(self.store.task, entry.id))
                 except ApiError as error:
                     await outcomes.fail(entry, error.code, error.message)
+            if not tasks:
+                return
             async for event in worker.run(tasks):
                 batch.last = self._now()
                 if work := self._change(batch, event):
@@ -211,7 +213,13 @@ class Dispatcher:
             # files are written in one long step
             if now - batch.last > (5 * limit if batch.freed else limit):
                 slot.stuck = True
-                self.pool.kill(slot, f"it made no step for {now - batch.last:.0f} s")
+                self._kill(batch, f"it made no step for {now - batch.last:.0f} s")
+
+    def _kill(self, batch: Batch, reason: str) -> None:
+        """Kill a worker for what one of its batches does."""
+        for other in self._batches - {batch}:
+            other.innocent = other.innocent or other.slot is batch.slot
+        self.pool.kill(batch.slot, reason)
 
     def _watch_jobs(self) -> None:
         now, settings = self._now(), self.settings
@@ -219,8 +227,8 @@ class Dispatcher:
             if (batch := entry.batch) is None:
                 continue
             if entry.wish and now - entry.wished_at > settings.cancel_grace:
-                batch.innocent = True  # the others in it
-                self.pool.kill(batch.slot, f"it did not stop {entry.id} when asked to")
+                batch.innocent = True  # but for those that were to stop
+                self._kill(batch, f"it did not stop {entry.id} when asked to")
             elif entry.begun and not entry.wish and now - entry.began_at > settings.job_timeout:
                 self.ask(entry, "timeout")
 

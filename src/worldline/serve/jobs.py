@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from worldline.errors import Error
 from worldline.files import remove
 from worldline.serve.dispatch import Dispatcher, Settings
 from worldline.serve.errors import ApiError
@@ -66,9 +67,17 @@ class Queue:
         self._drained = asyncio.Event()
 
     async def start(self) -> None:
-        """Recover what an earlier server left, and start the workers in the background."""
+        """Recover what an earlier server left, and start the workers in the background.
+
+        Raises:
+            Error: the disk is full.
+        """
         blocking = self._outcomes.blocking
-        for job in await blocking(recover, self.store, self.settings.attempts):
+        try:
+            jobs = await blocking(recover, self.store, self.settings.attempts)
+        except ApiError as error:
+            raise Error(f"{self.store.path}: {error.message}") from error
+        for job in jobs:
             self._outcomes.add(job)
         recent = "status = 'completed' ORDER BY id DESC LIMIT 200"
         for job in reversed(await blocking(self.store.select, recent)):
@@ -146,7 +155,7 @@ class Queue:
 
     def position(self, job: Job) -> int | None:
         """Number of jobs of the world that begin before it; None once it has begun."""
-        return self._outcomes.line(job.model).positions().get(job.id)
+        return self._outcomes.positions(job.model).get(job.id) if job.status == "queued" else None
 
     def eta(self, job: Job) -> float | None:
         """Seconds until a job is made; None where nothing like it was made yet."""
@@ -162,6 +171,14 @@ class Queue:
             self._etas[job.model] = computed, ends
         end = ends.get(job.id)
         return None if end is None else max(0.0, end - (now - computed))
+
+    def queued_seconds(self, world: str) -> float | None:
+        """Seconds of one worker that all waiting jobs need; None where it cannot be known."""
+        waiting = self._outcomes.line(world).waiting
+        jobs = [self.store.get(entry.id, None) for entry in waiting]
+        seconds = [self._outcomes.estimates.seconds(job) for job in jobs]
+        known = [one for one in seconds if one is not None]
+        return sum(known) if len(known) == len(seconds) else None
 
     def poll_milliseconds(self, job: Job) -> int:
         """After which to ask again: a step of a job that runs, a tenth of a wait."""
@@ -181,7 +198,7 @@ class Queue:
             ApiError: video_not_found (it was deleted, too), shutting_down.
         """
         job = self.store.get(id, None)
-        if job.status not in ENDED and (entry := self._outcomes.entries.get(id)):
+        if entry := self._outcomes.entries.get(id):  # until its files are in order, too
             await entry.ended.wait()
             job = self.store.get(id, None)
         if job.status not in ENDED:
@@ -279,7 +296,7 @@ class Queue:
                     await self._remove_expired(hours * 3600)
                 if now() - swept > 600:
                     swept = now()
-                    await self._outcomes.blocking(self.store.sweep)
+                    await asyncio.to_thread(self.store.sweep)  # long; others must not wait
             except ApiError as error:  # a disk that takes nothing now may do later
                 logger.error("store: %s", error.message)
             except Exception:
@@ -355,10 +372,13 @@ class Queue:
         job = self.store.get(id, None)
         if entry := self._outcomes.entries.get(id):
             await self._stop(entry, "delete")
-        with contextlib.suppress(ApiError):  # it was removed when it was stopped
-            job = self.store.get(id, None)
-            await self._outcomes.blocking(self.store.delete, id)
-            self._outcomes.publish_removal(job)
+            with contextlib.suppress(ApiError):
+                job = self.store.get(id, None)  # it was quicker
+                entry = None
+            if entry:
+                return
+        await self._outcomes.blocking(self.store.delete, id)
+        self._outcomes.publish_removal(job)
 
     def _state(self, world: str) -> str:
         slots = self.pool.slots[world]

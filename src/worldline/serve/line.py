@@ -26,6 +26,7 @@ class Entry:
         alone: it was in a batch whose worker died, and is made in no other.
         batch: that it is in; None while it waits.
         begun: a worker has begun it.
+        place: that was last published.
         wish: how it is to end at its next step, if it is; and when that was asked for.
         ended: set once it has, or is deleted.
     """
@@ -40,6 +41,7 @@ class Entry:
     batch: Batch | None = None
     begun: bool = False
     progress: Progress | None = None
+    place: int | None = None
     wish: Wish | None = None
     wished_at: float = 0.0
     began_at: float = 0.0
@@ -110,9 +112,6 @@ class Line:
     def halve(self, key: str, size: int) -> None:
         """Make batches of a key smaller: one of this size was out of memory."""
         self._limits[key] = min(max(1, size // 2), self._limits.get(key, size))
-
-    def positions(self) -> Mapping[str, int]:
-        return {entry.id: place for place, entry in enumerate((*self.starting, *self.waiting))}
 
     def ends(
         self,

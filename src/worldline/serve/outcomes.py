@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Observer = Callable[[str, Mapping[str, Any]], None]
+_TOGETHER = 0.1  # seconds
 
 
 class Outcomes:
@@ -45,7 +46,7 @@ class Outcomes:
         self.lines: dict[str, Line] = {}
         self.publisher, self.estimates = Publisher(), Estimates()
         self.observers: list[Observer] = []
-        self._window = batch_window
+        self._window, self._due = batch_window, set[str]()
         # one thread, so that writes keep their order
         self._executor = ThreadPoolExecutor(1, "store")
 
@@ -88,18 +89,36 @@ class Outcomes:
             except Exception:  # a metric must not end a job
                 logger.exception("an observer of %s failed", name)
 
+    def positions(self, world: str) -> Mapping[str, int]:
+        """Place of each queued job in its line; 0 is the next."""
+        line = self.line(world)
+        # one that has begun is written so a moment before it leaves the line
+        starting = [e.id for e in line.starting if self.store.get(e.id, None).status == "queued"]
+        waiting = [entry.id for entry in line.waiting]
+        return {id: place for place, id in enumerate(starting + waiting)}
+
     def publish_positions(self, world: str) -> None:
-        """Send each queued job's place, after it has changed."""
+        """Send each queued job's place that has changed, in a moment: many change together."""
+        if self.publisher.is_heard and world not in self._due:
+            self._due.add(world)
+            loop = asyncio.get_running_loop()
+            loop.call_later(_TOGETHER, self._send_positions, world)
+
+    def _send_positions(self, world: str) -> None:
+        self._due.discard(world)
         if self.publisher.is_heard:
-            for id, place in self.line(world).positions().items():
-                data = {"id": id, "status": "queued", "queue_position": place}
-                self.publisher.publish("status", self.entries[id].owner, id, data)
+            for id, place in self.positions(world).items():
+                entry = self.entries[id]
+                if entry.place != place:
+                    entry.place = place
+                    data = {"id": id, "status": "queued", "queue_position": place}
+                    self.publisher.publish("status", entry.owner, id, data)
 
     def present(self, job: Job) -> list[tuple[str, Mapping[str, Any] | Job]]:
         """Events that describe a job as it is."""
         if job.status in ENDED:
             return [(job.status, job)]
-        place = self.line(job.model).positions().get(job.id)
+        place = self.positions(job.model).get(job.id)
         data = {"id": job.id, "status": job.status, "queue_position": place}
         events: list[tuple[str, Mapping[str, Any] | Job]] = [("status", data)]
         entry = self.entries.get(job.id)
@@ -251,7 +270,7 @@ class Outcomes:
 
     def _to_line(self, entry: Entry, after: Collection[str]) -> None:
         self._leave(entry)
-        entry.begun, entry.progress, entry.wish = False, None, None
+        entry.begun, entry.progress, entry.wish, entry.place = False, None, None, None
         self.line(entry.world).put_back(entry, after)
 
     async def _write_queued(self, entry: Entry) -> None:

@@ -362,7 +362,8 @@ class Store:
         removed, used = [], 0
         for path in (*self.path.glob("inputs/*/*"), *self.path.glob("videos/*/*")):
             with contextlib.suppress(OSError):  # deleted meanwhile
-                if path.stat().st_mtime > time.time() - older_than or self._has_row(path):
+                # not st_mtime: an input may be a link to an old file
+                if path.stat().st_ctime > time.time() - older_than or self._is_used(path):
                     files = path.iterdir() if path.is_dir() else [path]
                     used += sum(file.stat().st_size for file in files)
                 else:
@@ -371,9 +372,12 @@ class Store:
         self.used_bytes = used
         return removed
 
-    def _has_row(self, path: Path) -> bool:
+    def _is_used(self, path: Path) -> bool:
+        """Whether a row names a file or folder; results are of jobs that may yet have them."""
         jobs = self.select("id = ?", path.name.partition(".")[0])
-        return bool(jobs) and path in (self.folder(jobs[0].id), self.input_path(jobs[0]))
+        if not jobs or path == self.input_path(jobs[0]):
+            return bool(jobs)
+        return path == self.folder(jobs[0].id) and jobs[0].status not in ("failed", "cancelled")
 
     def _change(self, before: Job, columns: Mapping[str, Any], *, noted: bool) -> Job:
         """Change the copy in memory; what another thread changed meanwhile stays."""
