@@ -71,6 +71,30 @@ def test_other_forms() -> None:
     assert video.frames.any()
 
 
+@pytest.mark.parametrize("layout", ["TCHW", "CTHW", "THWC"])
+@pytest.mark.parametrize("float", [False, True])
+def test_tensors(layout: str, float: bool) -> None:
+    video = worldline.Video(moving(3), 24.0)
+    tensor = video.to_torch(layout, float)
+    sizes = dict(zip("TCHW", (3, 3, 40, 64), strict=True))
+    assert tensor.shape == tuple(sizes[axis] for axis in layout)
+    assert tensor.is_contiguous()
+    back = tensor.permute([layout.index(axis) for axis in "THWC"])
+    if float:
+        assert tensor.dtype == torch.float32
+        assert (tensor.min() >= 0, tensor.max() <= 1) == (True, True)
+        back = (back * 255).round()
+    assert np.array_equal(back, video.frames)
+    tensor.zero_()
+    assert video.frames.any()
+
+
+@pytest.mark.parametrize("layout", ["", "tchw", "TCH", "TCHWW", "NCHW", None, 4])
+def test_wrong_layouts(layout: Any) -> None:
+    with pytest.raises(worldline.InputError, match="layout"):
+        worldline.Video(moving(3), 24.0).to_torch(layout)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((5, 32, 48), (5, 32, 48)), ((1, 32, 48), (1, 32, 48)), ((2, 720, 1280), (2, 360, 640))],

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worldline.client import RemoteWorld, connect
     from worldline.errors import (
         CheckpointError,
         Error,
@@ -28,17 +29,21 @@ __all__ = [
     "InputError",
     "InsufficientMemoryError",
     "NonFiniteError",
+    "RemoteWorld",
     "Step",
     "Video",
     "World",
+    "connect",
     "load",
 ]
 
 # imported when used, so that `worldline --help` does not wait for torch
 _MODULES = {
+    "RemoteWorld": "worldline.client",
     "Step": "worldline.step",
     "Video": "worldline.step",
     "World": "worldline.world",
+    "connect": "worldline.client",
     "load": "worldline.world",
 }
 

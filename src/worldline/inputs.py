@@ -1,12 +1,17 @@
-"""What a world can continue: a file, a picture or frames; and how it comes to the video's size."""
+"""What a world can continue: a file, a picture or frames; and how it comes to the video's size.
 
+It needs no torch: a client of a server reads inputs, too.
+"""
+
+from __future__ import annotations
+
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 
 from worldline.errors import InputError, option
@@ -25,10 +30,20 @@ from worldline.video.read import (
     to_rgb,
 )
 
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import TypeIs
+
 InputType = Literal["image", "video"]
 # a file, a picture, or frames uint8 (T, H, W, 3)
-Form = str | PathLike[str] | Image.Image | Frames | torch.Tensor
-Input = Form | Sequence[Image.Image]
+Form: TypeAlias = "str | PathLike[str] | Image.Image | Frames | torch.Tensor"
+Input: TypeAlias = "Form | Sequence[Image.Image]"
+
+
+def is_tensor(value: object) -> TypeIs[torch.Tensor]:
+    """Whether a value is a tensor; where nobody has imported torch, nothing is."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def joined(input: Any) -> Any:
@@ -59,7 +74,7 @@ def kind_of(input: Input | None) -> InputType:
     """
     if isinstance(input, str | PathLike):
         return media_kind(check_path(input))
-    if isinstance(input, Image.Image | np.ndarray | torch.Tensor):
+    if isinstance(input, Image.Image | np.ndarray) or is_tensor(input):
         return "image" if isinstance(input, Image.Image) else "video"
     raise InputError(
         f"the input is {type(input).__name__}; give a path, a PIL image or a list of "
@@ -74,8 +89,8 @@ def read_clip(input: Form, kind: InputType, num_input_frames: int) -> Clip:
         InputError: it cannot be read, is of another kind, or is too short.
     """
     actual = kind_of(input)
-    if isinstance(input, np.ndarray | torch.Tensor):
-        frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
+    if is_tensor(input) or isinstance(input, np.ndarray):
+        frames = input.detach().cpu().numpy() if is_tensor(input) else np.asarray(input)
         if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:  # as of `to_torch`
             frames = np.ascontiguousarray(frames.transpose(0, 2, 3, 1))
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.dtype != np.uint8:

@@ -18,7 +18,7 @@ import tqdm
 from PIL import Image
 
 from worldline.documents import read_json
-from worldline.errors import blame
+from worldline.errors import InputError, blame, brief
 from worldline.files import check_folder, check_path, digest
 from worldline.video.read import Frames
 from worldline.video.write import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+_AXES = "THWC"  # of a video's frames
 _INLINE = 1_400_000  # bytes of a video in a notebook, before base64
 # short sides and shares of frames that are tried for it
 _TRIALS = ((360, 1), (180, 1), (90, 1), (90, 4), (90, 16), (90, 64))
@@ -44,7 +45,8 @@ class Step:
     """One step of a request.
 
     Attributes:
-        kind: "guardrail", "upsample", "text", "encode", "tokens", "denoise", "decode" or "done".
+        kind: "guardrail", "upsample", "text", "encode", "tokens", "denoise", "decode" or "done";
+            while a video waits on a server, "queue".
         done: how much of this kind is done.
         total: of how much.
         frames: new final pixels, uint8 (T, H, W, 3); at "done" all of them.
@@ -127,14 +129,27 @@ class Video:
             data = b64encode(path.read_bytes()).decode()
         return f'<{tag} src="data:{kind};base64,{data}" controls loop muted></{tag}>'
 
-    def to_torch(self) -> torch.Tensor:
-        """Frames, uint8 (T, 3, H, W), on the CPU; a copy."""
+    def to_torch(self, layout: str = "TCHW", float: bool = False) -> torch.Tensor:
+        """Frames on the CPU; a copy.
+
+        Args:
+            layout: order of the axes: "TCHW", or "CTHW" as video networks take it; any other order
+                of these four letters is made, too, such as "THWC".
+            float: float32 from 0 to 1, in place of uint8 from 0 to 255.
+
+        Raises:
+            InputError: the layout does not have these four axes.
+        """
+        if not isinstance(layout, str) or sorted(layout) != sorted(_AXES):
+            raise InputError(f"layout is {brief(layout)}; give TCHW or CTHW")
         import torch
 
-        return torch.from_numpy(self.frames).permute(0, 3, 1, 2).contiguous()
+        frames = torch.from_numpy(self.frames).permute([_AXES.index(axis) for axis in layout])
+        copy = frames.clone(memory_format=torch.contiguous_format)
+        return copy.to(torch.float32).div_(255) if float else copy
 
     def to_pil(self) -> list[Image.Image]:
-        """Frames as RGB pictures."""
+        """Frames as RGB pictures; copies."""
         return [Image.fromarray(frame) for frame in self.frames]
 
     def save(

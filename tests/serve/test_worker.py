@@ -302,6 +302,7 @@ def test_a_task_that_is_cancelled_before_it_begins(denoising: World, tmp_path: P
     assert [event["event"] for event in events.of(second.id)] == ["cancelled"]
 
 
+@pytest.mark.slow
 def test_a_batch(
     drawing: World, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +335,7 @@ def test_a_batch(
         assert video.save(tmp_path / "alone.mp4").read_bytes() == written
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_is_halved(
     drawing: World, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

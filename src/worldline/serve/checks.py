@@ -25,6 +25,7 @@ from worldline.video.read import MediaInfo
 from worldline.world import World
 
 INPUT = "input_reference"  # what a client calls the input
+LOSSLESS = "lossless"  # field by which a client asks for frames bit for bit; of no world's request
 KINDS: tuple[InputType | None, ...] = (None, "image", "video")
 _MARK = "\0"  # around the names of fields in messages; values are escaped there
 _OWN = ("seed", "prompt")  # fields in which the requests of a batch may differ
@@ -57,6 +58,10 @@ def check(
         ApiError: a field is unknown or wrong, the input does not fit, or memory is too small.
     """
     family, fields = world.opened.family, dict(stated)
+    lossless = fields.pop(LOSSLESS, False)
+    if not isinstance(lossless, bool):
+        message = f"{LOSSLESS} is {brief(lossless)}; give true or false"
+        raise ApiError("invalid_value", message, LOSSLESS)
     fixed = {name: fields.pop(name) for name in (*_SIZE, "fps") if not _has(world, name, fields)}
     for name in fields:
         if name not in fields_of(family.request):
@@ -72,7 +77,8 @@ def check(
     shape = shape_of(world, request)
     _refuse_other(world, fixed, shape)
     values = as_json(request)
-    return Checked(values, shape, batch_key(world, values, kind))
+    key = batch_key(world, values, kind)
+    return Checked({**values, **({LOSSLESS: True} if lossless else {})}, shape, key)
 
 
 def _has(world: World, name: str, fields: Mapping[str, Any]) -> bool:
@@ -201,6 +207,11 @@ def facts(world: World, seconds: float) -> Facts:
         elif name in (*_OWN, "num_input_frames"):
             entry.pop("default", None)
         fields[name] = entry
+    fields[LOSSLESS] = {
+        "type": "boolean",
+        "default": False,
+        "description": "Keep the frames bit for bit, too: content?variant=lossless.",
+    }
     limits = dict(_limits(world, base, kind, shape))
     limits["prompt"] = (
         "none" if True not in prompts else "optional" if False in prompts else "required"

@@ -33,7 +33,7 @@ from worldline.errors import (
 )
 from worldline.guards import check_frames
 from worldline.parallel.job import share
-from worldline.serve.checks import INPUT, refusal, scrub
+from worldline.serve.checks import INPUT, LOSSLESS, refusal, scrub
 from worldline.serve.records import Task
 from worldline.step import Step, Video
 from worldline.video.read import Frames
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], None]
 
 VIDEO, THUMBNAIL, REPORT = "video.mp4", "thumbnail.jpg", "report.json"
+EXACT = "lossless.mkv"  # the same frames, bit for bit, where a client asked for them
 PREVIEW = 320  # pixels of the longer side of a thumbnail, and of the width of a preview
 _STEP_S, _PREVIEW_S = 0.1, 1.0  # least seconds between two events
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -243,7 +244,8 @@ class Maker:
         opened, family = self.world.opened, self.world.opened.family
         path = None if task.input is None else Path(task.input)
         try:
-            request = family.request.make(dict(task.request), opened.defaults, task.input_kind)
+            stated = {name: v for name, v in task.request.items() if name != LOSSLESS}
+            request = family.request.make(stated, opened.defaults, task.input_kind)
             request = family.check(opened, request)
         except InputError as error:
             answer = refusal(self.world, error, task.request, task.input_kind, path)
@@ -348,14 +350,23 @@ def write_files(
     Raises:
         Error, OSError: a file cannot be written.
     """
-    names = (REPORT, THUMBNAIL, VIDEO)
+    exact = (EXACT,) if task.request.get(LOSSLESS) else ()
+    names = (REPORT, THUMBNAIL, *exact, VIDEO)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / VIDEO
     encoding = encoding_of(target)
-    with writing_all([folder / name for name in names]) as (report_file, thumbnail, file):
+    with writing_all([folder / name for name in names]) as (
+        report_file,
+        thumbnail,
+        *exact_file,
+        file,
+    ):
         write_frames(video.frames, target, video.fps, file, encoding)
         with file.open("rb") as written:
             sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+        for path in exact_file:
+            lossless = encoding_of(folder / EXACT, lossless=True)
+            write_frames(video.frames, folder / EXACT, video.fps, path, lossless)
         middle = video.frames[len(video.frames) // 2]
         thumbnail.write_bytes(jpeg(middle, PREVIEW, longest=True))
         report = {**video.report, "encoding": encoding, "file_sha256": sha256}
