@@ -9,7 +9,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from worldline.errors import Error, InputError, strerror
 from worldline.family import FAMILIES, requests_of
 from worldline.locate import bundled_names, locate
 from worldline.request import Count
+from worldline.serve.scaling import Autoscaler, RayOptions, import_cluster
 from worldline.serve.settings import Access, AppSettings
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _GRACE_S = 3  # for answers on their way, once all jobs have stopped
 _BACKLOG = 2048
 
 
-class ServeFlags(AppSettings):
+class ServeFlags(RayOptions, AppSettings):
     """Flags of `worldline serve`."""
 
     words: tuple[str, ...] = Field(
@@ -51,8 +52,10 @@ class ServeFlags(AppSettings):
         strict=False,
         description="Folder of the jobs, their inputs and their videos.",
     )
-    workers: Count | Literal["auto"] = Field(
-        "auto", description="Processes of each world; auto: one for each GPU, else one."
+    workers: Count | Literal["auto", "ray"] = Field(
+        "auto",
+        description="Processes of each world; auto: one for each GPU, else one; ray: actors of a "
+        "Ray cluster, as many as waiting jobs ask for.",
     )
     api_key_file: Path | None = Field(
         None, strict=False, description=f"File of API keys, one a line.  [default: {KEY}]"
@@ -114,10 +117,42 @@ def serve(context: click.Context, /, **_: object) -> None:
         raise InputError(reason)
     import_server()
     worlds = choose_worlds(flags, context)
+    refuse_misplaced(flags, context)
     access = Access(host=flags.host, keys=keys)
     listener = listen(flags.host, flags.port)
-    with listener:
-        asyncio.run(run(flags, access, worlds, listener))
+    with listener, closing(connected(flags)) as cluster:
+        asyncio.run(run(flags, access, worlds, listener, cluster))
+
+
+def refuse_misplaced(flags: ServeFlags, context: click.Context) -> None:
+    """Refuse flags of a cluster without one, and flags that a cluster has others for."""
+    if flags.workers != "ray":
+        if typed := [*stated(context, RayOptions.model_fields)]:
+            raise InputError(f"--{typed[0]}: it is of --workers ray; give that, or leave it out")
+    elif typed := [*stated(context, ("num_gpus", "data_parallel"))]:
+        raise InputError(f"--{typed[0]}: GPUs of a worker on Ray are --gpus_per_worker; give that")
+
+
+class Machine:
+    """This machine, in place of a cluster."""
+
+    def worker(self, world: str, name: str, options: Mapping[str, Any], place: str) -> Worker:
+        """A process whose number chooses the GPU."""
+        return local_worker(World(world, place, options), name, visible_devices())
+
+    def close(self) -> None:
+        """Nothing is connected."""
+
+
+def connected(flags: ServeFlags) -> Any:
+    """What makes workers: this machine, or a connection to a cluster.
+
+    Raises:
+        Error: Ray is not installed, or there is no cluster at the address.
+    """
+    if flags.workers != "ray":
+        return Machine()
+    return import_cluster()(flags.address, flags.gpus_per_worker)
 
 
 def import_server() -> None:
@@ -260,9 +295,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def run(
-    flags: ServeFlags, access: Access, worlds: Sequence[World], listener: socket.socket
+    flags: ServeFlags,
+    access: Access,
+    worlds: Sequence[World],
+    listener: socket.socket,
+    cluster: Any,
 ) -> None:
-    """Serve until a signal ends it."""
+    """Serve until a signal ends it; `cluster` is what `connected` gives."""
     from worldline.serve.app import make_app
     from worldline.serve.jobs import Queue, Settings
     from worldline.serve.server import make_server
@@ -278,12 +317,13 @@ async def run(
             keep_hours=flags.keep_hours,
         )
         by_name = {world.name: world for world in worlds}
-        devices = visible_devices()
 
         def make_worker(world: str, name: str) -> Worker:
-            return local_worker(by_name[world], name, devices)
+            made: Worker = cluster.worker(world, name, by_name[world].options, by_name[world].place)
+            return made
 
-        number = max(1, len(devices)) if flags.workers == "auto" else flags.workers
+        count = {"auto": max(1, len(visible_devices())), "ray": flags.min_workers}
+        number = count[flags.workers] if isinstance(flags.workers, str) else flags.workers
         workers = {
             world: [make_worker(world, f"{world}/{place}") for place in range(number)]
             for world in by_name
@@ -294,6 +334,8 @@ async def run(
         port = listener.getsockname()[1]
         host = f"[{flags.host.strip('[]')}]" if ":" in flags.host else flags.host
         await queue.start()
+        if flags.workers == "ray":
+            Autoscaler(queue, flags).start()
         follow_signals(queue, server, flags.drain_s)
         results.add(f"serving {', '.join(by_name)} at http://{host}:{port} (page and API)")
         await server.serve([listener])

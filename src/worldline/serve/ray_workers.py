@@ -63,7 +63,8 @@ class RayWorker:
             gpus: that make a video together; 0 for none.
             place: name or path, as of `worldline.load`; by default that of the world.
         """
-        self.world, self.name, self.options = world, name, dict(options)
+        self.world, self.name = world, name
+        self.options = {**({} if gpus else {"device": "cpu"}), **options}
         self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
         self.facts: Facts | None = None
         self.heartbeat = time.monotonic()

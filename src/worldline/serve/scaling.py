@@ -13,13 +13,15 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from statistics import mean, median
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
 from worldline.errors import Error, InputError, option
 from worldline.request import Options
-from worldline.serve.jobs import Queue
+
+if TYPE_CHECKING:
+    from worldline.serve.jobs import Queue
 
 logger = logging.getLogger(__name__)
 
