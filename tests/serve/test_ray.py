@@ -9,12 +9,17 @@ import asyncio
 import errno
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from PIL import Image
@@ -282,6 +287,46 @@ def test_two_gpus_make_a_video_together(server: Server, tmp_path: Path) -> None:
         await until(lambda: ray.available_resources().get("GPU", 0) == 2)
 
     server.run(test())
+
+
+def test_the_command(server: Server, tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    words = ("--workers", "ray", "--address", address, "--gpus_per_worker", "0", "--port", "0")
+    command = [sys.executable, "-m", "worldline", "serve", WORLD, *words, "--drain_s", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = re.findall(r"http://\S+", process.stdout.readline())[0] + "/v1/videos"
+            first, second = (ask(url, {**SHORT, "num_steps": steps}) for steps in (1, 1000))
+            while (made := ask(f"{url}/{first['id']}"))["status"] in ("queued", "in_progress"):
+                time.sleep(0.1)
+            assert made["status"] == "completed"
+            while ask(f"{url}/{second['id']}")["step"]["done"] < 3:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
+    [folder] = (tmp_path / "outputs/serve/videos").rglob(first["id"])
+    assert {path.name for path in folder.iterdir()} == FILES
+    server.run(until(lambda: ray.available_resources().get("CPU", 0) == 3, 10))
+
+
+def ask(url: str, body: Any = None) -> Any:
+    """Answer of a server, once it has loaded."""
+    headers = {"Content-Type": "application/json"}
+    content = None if body is None else json.dumps(body).encode()
+    while True:
+        try:
+            with urlopen(Request(url, content, headers), timeout=20) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            with error:
+                if error.code != 503:
+                    raise
+            time.sleep(0.2)
 
 
 def test_workers_that_cannot_start(server: Server) -> None:
