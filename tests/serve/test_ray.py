@@ -187,7 +187,7 @@ def test_cancel_stops_at_a_step_and_checks_are_answered_meanwhile(server: Server
         await until(lambda: server.job(id).step_done > 3)
         begun = time.monotonic()
         await server.queue.check("w", SHORT, None, None)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 5
         assert server.job(id).status == "in_progress"
         done, next = server.job(id).step_done, await server.submit(SHORT)
         job = await server.queue.cancel(id)
@@ -221,7 +221,7 @@ def test_an_actor_killed_in_a_job(server: Server) -> None:
 def test_a_burst_of_jobs(server: Server) -> None:
     async def test() -> None:
         await server.ready()
-        options = {"max_workers": 2, "target_wait_s": 1.0, "idle_s": 0.5, "gpus_per_worker": 0}
+        options = {"max_workers": 2, "target_wait_s": 0.2, "idle_s": 0.5, "gpus_per_worker": 0}
         scaler = Autoscaler(server.queue, RayOptions.parse(options), look_s=0.1, down_s=0.5)
         scaler.start()
         slots = server.queue.pool.slots["w"]

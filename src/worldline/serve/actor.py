@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,21 @@ class Process:
         return os.getpid()
 
     def load(
-        self, world: str, options: Mapping[str, Any], environment: Mapping[str, str]
+        self, release: str, world: str, options: Mapping[str, Any], environment: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Facts of the world, once it is loaded; or {"message"}: why it is not."""
+        """Facts of the world, once it is loaded; or {"message"}: why it is not.
+
+        Args:
+            release: of worldline in the API process.
+            world: name or path.
+            options: load options.
+            environment: what names this process among several.
+        """
         from worldline.serve.worker import Worker
 
+        if (here := version("worldline")) != release:
+            node = f"node {os.uname().nodename}"
+            return {"message": f"{node}: it has worldline {here}; install {release} as the server"}
         os.environ.update(environment)
         worker = self._worker = Worker(self, world, dict(options))
         try:

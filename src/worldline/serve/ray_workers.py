@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from worldline.serve.actor import ENDS, Process
 from worldline.serve.errors import ApiError
 from worldline.serve.folder import synchronise
 from worldline.serve.media import probe
-from worldline.serve.records import Checked, Facts, MediaKind, Task, WorkerDied
+from worldline.serve.records import Checked, Facts, MediaKind, Task, Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class RayWorker:
             port = await self._patiently(_one(self._actors[0].port.remote()))
             loads = [
                 actor.load.options(concurrency_group=_MAKE).remote(
-                    self._place, self.options, self._environment(rank, port)
+                    version("worldline"),
+                    *(self._place, self.options, self._environment(rank, port)),
                 )
                 for rank, actor in enumerate(self._actors)
             ]
@@ -144,6 +146,7 @@ class RayWorker:
                     "and %g free",
                     *(self.name, self._gpus, len(self._actors)),
                     *(has.get("GPU", 0), has.get("CPU", 0)),
+                    extra={"repeats": True},
                 )
             return future.result()
         finally:
@@ -324,7 +327,7 @@ class Cluster:
 
     def worker(
         self, world: str, name: str, options: Mapping[str, Any], place: str | None = None
-    ) -> RayWorker:
+    ) -> Worker:
         """A worker that is not started, as of `RayWorker`."""
         return RayWorker(world, name, options, gpus=self.gpus, place=place)
 
