@@ -7,6 +7,7 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,12 @@ class Guards:
         """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
         parts = self.parts.get("guardrail_models", ())
         return max((part.nbytes for part in parts if part.offload), default=0)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the networks that stay on the device."""
+        parts = chain.from_iterable(self.parts.values())
+        return sum(p.nbytes for p in parts if not p.offload and p.device.type != "cpu")
 
     @property
     def advice(self) -> str:
@@ -140,7 +147,9 @@ def release_of(opened: Opened) -> str | None:
     return None if _off(opened, "disable_guardrail") else opened.family.guardrails(opened)
 
 
-def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) -> None:
+def check_frames(
+    opened: Opened, request: Any, clips: int = 1, beside: int = 0, held: int = 0
+) -> None:
     """Refuse a request whose frames do not fit into host memory, which holds all of them at last.
 
     Args:
@@ -148,11 +157,12 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
         request: a parsed one.
         clips: videos made in step.
         beside: bytes of host memory that the networks need.
+        held: bytes of it that this process holds now.
 
     Raises:
         InsufficientMemoryError: too little is free.
     """
-    host, video = memory.host_memory(), opened.family.video(opened, request)
+    host, video = memory.host_memory().after(held), opened.family.video(opened, request)
     if not opened.family.holds_batch(opened, request):
         clips = 1
     copies = clips + (release_of(opened) is not None)  # guardrails copy one video

@@ -21,6 +21,7 @@ from worldline.video.read import (
     MAX_IMAGE,
     Clip,
     Frames,
+    MediaInfo,
     check_pixels,
     media_kind,
     probe,
@@ -123,13 +124,16 @@ def check_length(input: Form, frames: int, num_input_frames: int) -> None:
         )
 
 
-def check_file(path: Path | Span, request: Any, video: VideoShape) -> None:
-    """Refuse, before any model is loaded, a file that cannot become the beginning of a video."""
+def check_file(
+    path: Path | Span, request: Any, video: VideoShape, info: MediaInfo | None = None
+) -> None:
+    """Refuse, before any model is loaded, a file that cannot become the beginning of a video.
+
+    `info` is what `probe` gives, where it is known.
+    """
     if isinstance(path, Span):
         info = path.timeline.info._replace(frames=path.frames)
-    else:
-        info = probe(path)
-    count = request.num_input_frames
+    info, count = info or probe(path), request.num_input_frames
     check_length(path, info.frames, count)
     check_pixels(Path(path), count, info.height, info.width, MAX_IMAGE)
     fit_note(path, info.height, info.width, request.fit, video)

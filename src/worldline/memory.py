@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,10 @@ class Memory:
     free: int
     total: int
     processes: int = 1
+
+    def after(self, nbytes: int) -> Memory:
+        """Memory once so many bytes are free, too."""
+        return replace(self, free=min(self.total, self.free + nbytes))
 
     def __str__(self) -> str:
         each = " for each process" if self.processes > 1 else ""
@@ -125,7 +129,7 @@ class Plan:
         return next((fit for fit in fits if fit.fits), min(fits, key=lambda fit: fit.need))
 
     def refuse_unless_fits(
-        self, device: torch.device, offloaded: Collection[str], advice: str = ""
+        self, device: torch.device, offloaded: Collection[str], advice: str = "", held: int = 0
     ) -> None:
         """Raise `InsufficientMemoryError`, naming the flags that help, where the plan is too large.
 
@@ -133,8 +137,9 @@ class Plan:
             device: where it runs.
             offloaded: flags that are set.
             advice: end of the message.
+            held: bytes of the plan that are there already, so that they are not free.
         """
-        memory, cuda = device_memory(device), device.type == "cuda"
+        memory, cuda = device_memory(device).after(held), device.type == "cuda"
         waiting = sum(each.nbytes for each in self.weights.values() if each.flag in offloaded)
         # of a process alone, embeddings may be cached, and swapped memory may do
         if cuda and job.neighbours() > 1 and waiting > (host := host_memory()).free:
@@ -245,7 +250,16 @@ def host_memory() -> Memory:
 def _number(file: Path, name: str) -> int:
     """Number behind a name that begins a line."""
     lines = map(str.split, file.read_text().splitlines())
-    return int({label: number for label, number, *_ in lines}[name])
+    return int({line[0]: line[1] for line in lines if len(line) > 1}[name])
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes that this process holds on a device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    with suppress(OSError, LookupError):  # macOS has no such file
+        return _number(Path("/proc/self/status"), "RssAnon:") * 1024
+    return 0
 
 
 def device_memory(device: torch.device) -> Memory:

@@ -39,7 +39,7 @@ from worldline.guards import (
 )
 from worldline.inputs import Form, Input, InputType, changes, describe, joined, kind_of, read_clip
 from worldline.locate import locate
-from worldline.memory import Plan
+from worldline.memory import Plan, held_bytes
 from worldline.opening import (
     arrange,
     choose_compute,
@@ -52,7 +52,7 @@ from worldline.opening import (
 from worldline.parallel.job import share, stop
 from worldline.parallel.mesh import Axis
 from worldline.report import Recorder, environment, log_result
-from worldline.request import Request
+from worldline.request import Name, Request
 from worldline.step import Bar, Step, Video, numbered
 from worldline.video.read import Clip
 from worldline.video.span import Span
@@ -322,6 +322,31 @@ class World:
             if missing:
                 stop(self.parts.compute.mesh, last, early.__context__)
             raise
+
+    def check(
+        self, options: Mapping[str, Any], kind: InputType | None, name: Name = option
+    ) -> Request:
+        """Checked request for which there is room once nothing else runs; from any thread.
+
+        Args:
+            options: fields by name.
+            kind: of the input.
+            name: what an error calls a field.
+
+        Raises:
+            InputError: an option is wrong.
+            InsufficientMemoryError: the device, or the host, is too small.
+        """
+        opened, family = self.opened, self.opened.family
+        request = family.check(opened, family.request.make(options, opened.defaults, kind, name))
+        alone, guards = replace(self.parts.compute, batch_size=1), self.guards
+        planned = plan(opened, [request], alone, guardrail_bytes=guards.guardrail_bytes)
+        held, cuda = held_bytes(self.device), self.device.type == "cuda"
+        # which the plan leaves out, and which stay
+        own = max(0, held - guards.resident_bytes)
+        planned.refuse_unless_fits(self.device, opened.options.offloaded, guards.advice, own)
+        check_frames(opened, request, 1, 0 if cuda else planned.peak(), 0 if cuda else own)
+        return request
 
     def prepare(
         self,

@@ -1,6 +1,6 @@
 """Command-line parameters of described fields: one flag a field, no defaults of their own."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -36,8 +36,8 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
         return click.Argument([name], nargs=-1 if many else 1, required=required, metavar=metavar)
     spelling, kind = f"--{name}", get_args(kind)[0] if many else kind
     settings: dict[str, Any] = {"type": {int: int, float: float}.get(kind, str)}
-    if kind is int and any("auto" in get_args(choice) for choice in get_args(field.annotation)):
-        settings, metavar = {"type": NumberOrAuto()}, "N|auto"
+    if kind is int and (words := words_of(field)):
+        settings, metavar = {"type": NumberOrAuto(words)}, "|".join(("N", *words))
     if get_origin(kind) is Literal:  # click's own metavar has _ in place of -
         settings = {"type": click.Choice(get_args(kind))}
         metavar = f"[{'|'.join(map(str, get_args(kind)))}]{'...' if many else ''}"
@@ -57,12 +57,21 @@ class Repeatable(click.Option):
 
 
 class NumberOrAuto(click.types.IntParamType):
-    """A whole number, or the word auto."""
+    """A whole number, or a word."""
+
+    def __init__(self, words: Sequence[str] = ("auto",)) -> None:
+        self.words = words
 
     def convert(self, value: Any, *place: Any) -> Any:
         with suppress(click.BadParameter):
-            return value if value == "auto" else super().convert(value, *place)
-        self.fail(f"{value!r} is not a valid integer, nor auto.", *place)
+            return value if value in self.words else super().convert(value, *place)
+        self.fail(f"{value!r} is not a valid integer, nor {' or '.join(self.words)}.", *place)
+
+
+def words_of(field: FieldInfo) -> list[str]:
+    """Words that a field of numbers takes, too."""
+    choices: tuple[Any, ...] = get_args(field.annotation)
+    return [word for each in choices if get_origin(each) is Literal for word in get_args(each)]
 
 
 def kind_of(field: FieldInfo) -> Any:

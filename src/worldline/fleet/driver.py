@@ -88,6 +88,28 @@ class Actor:
     doubt: tuple[Unit, Path, str] | None = None
 
 
+def connect(address: str | None) -> bool:
+    """Connect to a cluster, or make one of this machine; whether there was no connection before.
+
+    Raises:
+        Error: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return False
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    debug: Any = logger.isEnabledFor(logging.DEBUG)
+    # else each death stands on standard output
+    vars(sys.modules.get("ray._private.worker", ray))["_worker_logs_enabled"] = debug
+    try:
+        ray.init(address, log_to_driver=debug, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        raise Error(f"--address {address or 'auto'}: {one_line(error)}") from error
+    finally:
+        for number, handler in handlers.items():  # Ray takes SIGTERM
+            signal.signal(number, handler)
+    return True
+
+
 class Driver:
     """Actors of a cluster, and the calls in flight."""
 
@@ -107,18 +129,7 @@ class Driver:
         self.calls: dict[Any, tuple[Actor, Any]] = {}
         self.alive: set[str] = set()  # nodes
         self.looked, self.serial, self.work_reference = 0.0, count(), None
-        self.connected = not ray.is_initialized()
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        if self.connected:
-            debug: Any = logger.isEnabledFor(logging.DEBUG)
-            # else each death stands on standard output
-            vars(sys.modules.get("ray._private.worker", ray))["_worker_logs_enabled"] = debug
-            try:
-                ray.init(address, log_to_driver=debug, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-                raise Error(f"--address {address or 'auto'}: {one_line(error)}") from error
-        for number, handler in handlers.items():  # Ray takes SIGTERM
-            signal.signal(number, handler)
+        self.connected = connect(address)
 
     def first(self, function: Callable[..., Any], *values: Any) -> Any:
         """Result of a function in the first actor, where the GPUs are."""

@@ -25,6 +25,7 @@ CODES: dict[str, tuple[int, str]] = {
     "expired": (410, _MISSING),
     "request_too_large": (413, _INVALID),
     "unsupported_content_type": (415, _INVALID),
+    "range_not_satisfiable": (416, _INVALID),
     **dict.fromkeys(("video_failed", "video_cancelled", "idempotency_conflict"), (422, _INVALID)),
     **dict.fromkeys(("queue_full", "key_limit", "too_many_streams"), (429, "rate_limit_error")),
     "internal_error": (500, _SERVER),

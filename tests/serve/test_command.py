@@ -1,0 +1,168 @@
+"""`worldline serve`: its flags, what it imports, its start and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from worldline.cli.serve import choose_worlds, default_worlds, family_of, read_keys
+from worldline.errors import InputError
+from worldline.serve.security import refuse_open_host
+
+COMMAND = [sys.executable, "-m", "worldline"]
+NO_KEY = {name: value for name, value in os.environ.items() if name != "WORLDLINE_API_KEY"}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, timeout=120, env=NO_KEY, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["serve", "--help"]])
+def test_help_imports_neither_fastapi_nor_torch(words: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from worldline.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as done: assert not done.code\n"
+        "heavy = {'fastapi', 'starlette', 'uvicorn', 'torch', 'prometheus_client'}\n"
+        "sys.exit(repr(heavy & {*sys.modules}) if heavy & {*sys.modules} else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_extra() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['fastapi'] = None\n"
+        "from worldline.cli.main import main\n"
+        "main(['serve', '--port', '0'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=NO_KEY, check=False
+    )
+    assert done.returncode == 1
+    assert 'pip install "worldline[serve]"' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_hosts_that_need_a_key() -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert refuse_open_host(host, (), insecure=False) is None
+    for host in ("0.0.0.0", "::", "192.168.1.2", "studio.example"):
+        assert "--api_key_file" in (refuse_open_host(host, (), insecure=False) or "")
+        assert refuse_open_host(host, ("key",), insecure=False) is None
+        assert refuse_open_host(host, (), insecure=True) is None
+
+
+def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLDLINE_API_KEY", raising=False)
+    assert read_keys(None) == ()
+    monkeypatch.setenv("WORLDLINE_API_KEY", "of-the-environment")
+    assert read_keys(None) == ("of-the-environment",)
+    path = tmp_path / "keys"
+    path.write_text("# ours\nfirst-key\n\nsecond-key\nfirst-key\n")
+    assert read_keys(path) == ("first-key", "second-key")
+    for text in ("", "# none\n", "short\n", "with blank\n", "schlüssel\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="keys"):
+            read_keys(path)
+    with pytest.raises(InputError, match="absent"):
+        read_keys(tmp_path / "absent")
+
+
+def test_one_bundled_world_of_each_family() -> None:
+    worlds = default_worlds()
+    families = [family_of(world.removeprefix("tiny-")) for world in worlds]
+    assert sorted(map(str, families)) == ["autoregressive", "diffusion", "predict2.5"]
+
+
+def test_options_go_to_the_worlds_that_have_them() -> None:
+    from worldline.cli.serve import ServeFlags, serve
+
+    both = ["tiny-Cosmos-Predict1-4B", "tiny-Cosmos-Predict2.5-2B"]
+    with serve.make_context("serve", [*both, "--device", "cpu", "--schedule", "karras"]) as context:
+        flags = ServeFlags.parse({"words": tuple(both)})
+        first, second = choose_worlds(flags, context)
+    assert first.options == {"device": "cpu"}
+    assert second.options == {"device": "cpu", "schedule": "karras"}
+    flags = ServeFlags.parse({"words": tuple(both[:1])})
+    context = serve.make_context("serve", [both[0], "--schedule", "karras"])
+    with context, pytest.raises(InputError, match="--schedule"):
+        choose_worlds(flags, context)
+
+
+def test_refused_starts() -> None:
+    for words, named in (
+        (["--host", "0.0.0.0"], "--api_key_file"),
+        (["tiny-nothing"], "tiny-nothing"),
+        (["--port", "99999"], "port"),
+        (["--workers", "0"], "workers"),
+    ):
+        done = run("serve", *words)
+        assert (done.returncode, named in done.stderr) == (2, True), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_start_and_sigterm(tmp_path: Path) -> None:
+    """The server prints its address, makes a video, keeps a job that runs, and ends with 0."""
+    words = ["serve", "tiny-Cosmos-Predict2.5-2B", "--port", "0", "--data_dir", str(tmp_path)]
+    options = ["--device", "cpu", "--drain_s", "0"]
+
+    def ask(url: str, body: object = None) -> dict[str, str]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found: dict[str, str] = json.load(answer)
+            return found
+
+    def start() -> tuple[subprocess.Popen[str], str]:
+        server = subprocess.Popen(
+            [*COMMAND, *words, *options], stdout=subprocess.PIPE, text=True, env=NO_KEY
+        )
+        assert server.stdout is not None
+        match = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+        assert match
+        for _ in range(600):
+            try:
+                if ask(f"{match[0]}/health")["status"] == "ready":
+                    break
+            except OSError:
+                time.sleep(0.1)
+        return server, match[0]
+
+    def end(server: subprocess.Popen[str]) -> int:
+        assert server.stdout is not None
+        with server.stdout:
+            return server.wait(20)
+
+    server, url = start()
+    second = run(*words)
+    assert (second.returncode, str(server.pid) in second.stderr) == (2, True), second.stderr
+    long = ask(f"{url}/v1/videos", {"prompt": "a ball", "num_steps": 15})
+    while ask(f"{url}/v1/videos/{long['id']}")["status"] == "queued":
+        time.sleep(0.05)
+    began = time.monotonic()
+    server.send_signal(signal.SIGTERM)
+    assert end(server) == 0
+    assert time.monotonic() - began < 15
+    server, url = start()
+    while ask(f"{url}/v1/videos/{long['id']}")["status"] in ("queued", "in_progress"):
+        time.sleep(0.1)
+    assert ask(f"{url}/v1/videos/{long['id']}")["status"] == "completed"
+    server.send_signal(signal.SIGINT)
+    assert end(server) == 0
