@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import h11
@@ -39,8 +40,9 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """A server that leaves signals alone."""
 
-    def capture_signals(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 def make_server(app: Any, grace_s: int) -> Server:
