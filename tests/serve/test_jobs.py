@@ -604,6 +604,9 @@ def test_a_drained_job_is_made_after_the_next_start(tmp_path: Path, prompt: str)
             for id in (first.id, second.id):
                 assert (await q.wait(id)).status == "completed"
             assert runs(script)[-2:] == [(first.id,), (second.id,)]
+        async with queue(tmp_path, script) as q:  # what the last jobs took is known
+            third = await q.submit(job(), None)
+            assert q.eta(third) is not None
 
     run(test())
 

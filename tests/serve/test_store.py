@@ -97,7 +97,9 @@ def test_a_job_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_folders_are_private(store: Store) -> None:
     for path in (store.path, *(p for p in store.path.iterdir() if p.is_dir())):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert stat.S_IMODE((store.path / "jobs.sqlite3").stat().st_mode) == 0o600
+    paths = [*store.path.glob("jobs.sqlite3*"), store.path / "lock"]
+    assert len(paths) == 4  # with those of the write-ahead log
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
     settings = {
         name: store._writer.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "busy_timeout", "user_version")

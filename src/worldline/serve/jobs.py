@@ -23,6 +23,7 @@ from worldline.serve.dispatch import Dispatcher, Settings
 from worldline.serve.errors import ApiError
 from worldline.serve.line import Entry, Wish
 from worldline.serve.outcomes import Outcomes
+from worldline.serve.progress import stages_of
 from worldline.serve.records import ENDED, Checked, Facts, Job, MediaKind, Worker, WorkerDied
 from worldline.serve.recovery import recover
 from worldline.serve.store import Store
@@ -82,7 +83,8 @@ class Queue:
         recent = "status = 'completed' ORDER BY id DESC LIMIT 200"
         for job in reversed(await blocking(self.store.select, recent)):
             if seconds := job.result.get("inference_time_s"):
-                self._outcomes.estimates.record(job, seconds, {})
+                stages = job.result.get("stage_durations") or {}
+                self._outcomes.estimates.record(job, seconds, stages_of(stages))
         self._dispatcher.start()
         self._dispatcher.spawn(self._keep_house())
 

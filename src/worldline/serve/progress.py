@@ -107,6 +107,11 @@ class Estimates:
                 table.popitem(last=False)
 
 
+def stages_of(durations: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by kind of step, of a report's stages, some of which have no steps."""
+    return {kind: durations[kind] for kind in _ORDER if kind in durations}
+
+
 def _key(job: Job) -> Hashable:
     shape = tuple(str(job.shape.get(name)) for name in ("num_frames", "height", "width"))
     return (job.model, *shape, str(job.request.get("num_steps")), job.input_kind)

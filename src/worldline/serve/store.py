@@ -405,7 +405,18 @@ class Store:
         return connection
 
     def _opened(self) -> sqlite3.Connection:
+        path = self.path / "jobs.sqlite3"
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # its log gets the same mode
         database = self._connect()
+        try:
+            self._prepare(database)
+        except BaseException:
+            database.close()
+            raise
+        synchronise(self.path)
+        return database
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
         (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise InputError(
@@ -421,9 +432,6 @@ class Store:
                 f"{self.path}: its jobs are of version {version}, and this release reads "
                 f"{VERSION}; install the release that wrote them, or give another folder"
             )
-        os.chmod(self.path / "jobs.sqlite3", 0o600)
-        synchronise(self.path)
-        return database
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
