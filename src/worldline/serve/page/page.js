@@ -226,21 +226,28 @@ function labelOf(name) {
   return LABELS[name] ?? words[0].toUpperCase() + words.slice(1);
 }
 
+let worldsTimer = 0;
+
 async function loadWorlds() {
+  clearTimeout(worldsTimer);
   try {
     worlds = (await read("v1/models")).data;
     showTrouble("");
   } catch (error) {
     showTrouble(error.message);
-    return void setTimeout(loadWorlds, 3000);
+    worldsTimer = setTimeout(loadWorlds, 3000);
+    return;
   }
   const select = hook("world"), chosen = select.value || sessionStorage.getItem("world");
-  select.replaceChildren(...worlds.map(({ id }) => element("option", { value: id, textContent: id })));
-  if (worlds.some(({ id }) => id === chosen)) select.value = chosen;
+  const ids = worlds.map(({ id }) => id);
+  if (ids.join() !== [...select.options].map(({ value }) => value).join()) {
+    select.replaceChildren(...ids.map((id) => element("option", { value: id, textContent: id })));
+    if (ids.includes(chosen)) select.value = chosen;
+  }
   const entry = worlds.find(({ id }) => id === select.value);
-  if (entry && (entry.id !== world?.id || isLoaded(entry) !== isLoaded(world))) chooseWorld(entry);
+  if (entry && JSON.stringify([entry.id, entry.worldline]) !== JSON.stringify([world?.id, world?.worldline])) chooseWorld(entry);
   for (const run of runs.values()) render(run);
-  if (!worlds.length || !worlds.every(isLoaded)) setTimeout(loadWorlds, 2000);
+  if (!worlds.length || !worlds.every(isLoaded)) worldsTimer = setTimeout(loadWorlds, 2000);
 }
 
 function chooseWorld(entry) {
@@ -257,6 +264,7 @@ function chooseWorld(entry) {
   hook("input-field").hidden = !media.length;
   hook("file").accept = media.map((kind) => `${kind}/*`).concat(media.includes("video") ? [".mkv"] : []).join(",");
   setText(hook("input-need"), kinds.includes("none") ? "(optional)" : "(required)");
+  setText(hook("prompt-need"), ["required", undefined].includes(facts.limits?.prompt) ? "" : "(optional)");
   setText(hook("drop-words"), `or drop ${media.map((kind) => ({ image: "an image", video: "a video" })[kind]).join(" or ")}`);
   hook("prompt-field").hidden = !facts.fields?.prompt;
   buildFields(facts);
@@ -892,7 +900,12 @@ function showFacts({ video, card }) {
   if (video.inference_time_s) facts.push(`made in ${duration(video.inference_time_s)}`);
   facts.push(since(video.created_at));
   if (worlds.length > 1) facts.push(video.model);
-  setText(hook("run-facts", card), facts.join(" · "));
+  // lines break between facts, not within them
+  const spans = facts.map((fact, index) => element("span", { textContent: index < facts.length - 1 ? `${fact} ·` : fact }));
+  const place = hook("run-facts", card);
+  if (place.textContent !== spans.map((span) => span.textContent).join(" ")) {
+    place.replaceChildren(...spans.flatMap((span, index) => (index ? [" ", span] : [span])));
+  }
 }
 
 setInterval(() => runs.forEach((run) => !ENDED.has(run.video.status) && showLeft(run)), 1000);
@@ -918,6 +931,7 @@ async function loadMedia(run) {
   if (run.url) return void (run.paused || still.matches || video.play().catch(() => {}));
   if (run.loading) return;
   run.loading = true;
+  if (!run.preview) loadThumbnail(run);
   try {
     const blob = await fetchBlob(pathOf(run.id, "/content"));
     if (!runs.has(run.id)) return;
@@ -938,6 +952,14 @@ async function loadMedia(run) {
   } finally {
     run.loading = false;
   }
+}
+
+async function loadThumbnail(run) { // at once, where the video is large
+  const blob = await fetchBlob(pathOf(run.id, "/content?variant=thumbnail")).catch(() => null);
+  if (!blob || run.url) return;
+  const url = URL.createObjectURL(blob);
+  hook("run-preview", run.card).addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
+  showStill(run, url);
 }
 
 // Blobs of videos out of sight are given back, beyond some.
@@ -1043,7 +1065,7 @@ async function showReport(video) {
     await copyText(curl.textContent, "The curl command is copied.");
     setText(copy, "Copied");
   };
-  const request = Object.entries(video.request ?? {}).filter(([, value]) => value !== null && value !== "");
+  const request = Object.entries(video.request ?? {}).filter(([name, value]) => name !== "model" && value !== null && value !== "");
   body.replaceChildren(element("div", { className: "report" },
     section("Request", definitions([["id", video.id], ["model", video.model], ...request])),
     ...(stages.length ? [section("Time", element("div", { className: "stages" }, ...stages.map(([name, seconds]) => {
@@ -1156,6 +1178,7 @@ async function compare() {
     const ready = new Promise((resolve) => { media[image ? "onload" : "oncanplaythrough"] = media.onerror = resolve; });
     media.src = url;
     await ready;
+    media.style.setProperty("--ratio", (media.videoWidth || media.naturalWidth || 16) / (media.videoHeight || media.naturalHeight || 9));
     const words = [element("b", { textContent: name })];
     if (prompt) words.push(element("p", { textContent: prompt }));
     if (detail) words.push(element("span", { className: "hint", textContent: detail }));
@@ -1268,7 +1291,7 @@ const waitFor = (milliseconds) => new Promise((resolve) => {
 });
 
 async function follow() {
-  let delay = 500;
+  let delay = 500, lost = false;
   for (;;) {
     // a hidden tab gives its connection back: browsers have six for a server
     while (document.hidden) await waitFor(60_000);
@@ -1285,6 +1308,7 @@ async function follow() {
       await resync();
       showConnection("live", "Live");
       showTrouble("");
+      if (lost) loadWorlds(); // it may be another server now
       delay = 500;
       for await (const { name, data } of messages(response.body)) {
         alive();
@@ -1297,6 +1321,7 @@ async function follow() {
       if (error.code !== "unreachable" && !signal.aborted) await resync().catch(() => {});
       if (error.message && !signal.aborted && !listed) showTrouble(error.message);
     }
+    lost = true;
     clearTimeout(watchdog);
     stream.abort();
     await waitFor(delay * (0.75 + Math.random() / 2));
