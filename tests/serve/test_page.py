@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import time
 import urllib.error
@@ -45,6 +46,9 @@ ENDED = ("completed", "failed", "cancelled")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server with a prompted world (FLOW) and one that takes none (BASE)."""
+    if running := os.environ.get("WORLDLINE_PAGE_SERVER"):
+        yield running
+        return
     with serving(Stub(tmp_path_factory.mktemp("server"))) as address:
         yield address
 
@@ -143,7 +147,7 @@ class Page:
         return self.until(lambda: len(new()) == number and new(), f"{number} runs")
 
     def end(self, run: WebElement, status: str = "completed") -> WebElement:
-        self.until(lambda: run.get_attribute("data-status") in ENDED, "an end")
+        self.until(lambda: run.get_attribute("data-status") in ENDED, "an end", 120)
         assert run.get_attribute("data-status") == status, self.text("run-error", run)
         return run
 
@@ -159,6 +163,10 @@ class Page:
         self.write("field-num_steps", str(steps))
         [run] = self.generate()
         return self.end(run)
+
+    def job(self, run: WebElement) -> dict[str, Any]:
+        """The video object."""
+        return json.loads(self.fetch(f"videos/{run.get_attribute('data-id')}"))
 
     def fetch(self, path: str) -> bytes:
         with urllib.request.urlopen(f"{self.address}/v1/{path}") as response:
@@ -204,12 +212,12 @@ def test_upload_progress_preview_video_download(
         return run.get_attribute("data-status") in ENDED
 
     assert page.until(lambda: page.shown("run-preview", run), "a preview")
-    page.until(ended, "an end")
+    page.until(ended, "an end", 120)
     assert values == sorted(values)
     assert len(set(values)) > 3
     video = page.video(page.end(run))
     page.until(lambda: video.get_property("currentTime") > 0, "playing")
-    assert video.get_property("videoWidth") == 320
+    assert video.get_property("videoWidth") == page.job(run)["width"]
     assert video.get_property("loop")
     id = run.get_attribute("data-id")
     page.click("download", run)
@@ -279,7 +287,7 @@ def test_errors_are_at_their_field(page: Page) -> None:
 def test_use_settings_and_same_seed_give_the_same_bytes(page: Page) -> None:
     page.write("field-guidance", "3")
     first = page.make("The same twice.", 3)
-    seed = json.loads(page.fetch(f"videos/{first.get_attribute('data-id')}"))["seed"]
+    seed = page.job(first)["seed"]
     page.write("prompt", "Another.")
     page.write("field-guidance", "9")
     page.click("use-settings", first)
@@ -303,7 +311,7 @@ def test_four_seeds_are_four_runs_and_one_upload(page: Page, tmp_path: Path) -> 
     page.write("seed", "4294967294")
     page.part("four-seeds").click()
     runs = page.generate(4)
-    videos = [json.loads(page.fetch(f"videos/{r.get_attribute('data-id')}")) for r in runs]
+    videos = [page.job(r) for r in runs]
     assert sorted(video["seed"] for video in videos) == [0, 1, 4294967294, 4294967295]
     assert all(video["request"]["input_reference"] for video in videos)
     for run in runs:
@@ -329,9 +337,10 @@ def test_compare_plays_in_step(page: Page) -> None:
     page.click("compare-play")
     scrub = page.part("compare-scrub")
     page.script("arguments[0].value = 8; arguments[0].dispatchEvent(new Event('input'))", scrub)
-    page.until(lambda: page.script(times, *tiles) == [8.5 / 16, 8.5 / 16], "frame 9 of both")
+    fps = page.job(page.runs()[0])["fps"]
+    page.until(lambda: page.script(times, *tiles) == [8.5 / fps] * 2, "frame 9 of both")
     scrub.send_keys(Keys.ARROW_RIGHT)
-    page.until(lambda: page.script(times, *tiles) == [9.5 / 16, 9.5 / 16], "frame 10 of both")
+    page.until(lambda: page.script(times, *tiles) == [9.5 / fps] * 2, "frame 10 of both")
     page.click("compare-close")
     page.click("compare-clear")
     assert not page.shown("tray")
@@ -409,7 +418,7 @@ def test_continue_remix_delete(page: Page) -> None:
     page.click("remix-submit")
     page.until(lambda: len(page.runs()) == number + 1, "the remix")
     third = page.end(page.runs()[0])
-    video = json.loads(page.fetch(f"videos/{third.get_attribute('data-id')}"))
+    video = page.job(third)
     assert video["remixed_from_video_id"] == first.get_attribute("data-id")
     id = third.get_attribute("data-id")
     page.click("delete", third)

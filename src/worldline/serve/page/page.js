@@ -296,6 +296,7 @@ function buildFields(facts) {
 }
 
 function defaultOf(name, schema, facts) {
+  if (/\[default:/.test(schema.description ?? "")) return null; // it depends: the world's to choose
   return schema.default ?? facts.defaults?.[name] ?? facts.defaults?.[DEFAULT_NAMES[name]] ?? null;
 }
 
@@ -327,8 +328,7 @@ function numberInput(schema) {
 }
 
 function buildField(name, schema, facts) {
-  // a default that depends on the input is the world's to choose
-  const auto = /\[default:/.test(schema.description ?? "") || defaultOf(name, schema, facts) === null;
+  const auto = defaultOf(name, schema, facts) === null;
   let control, long = false;
   if (schema.type === "boolean") {
     control = element("input", { type: "checkbox" });
@@ -342,7 +342,8 @@ function buildField(name, schema, facts) {
   } else {
     control = numberInput(schema);
     const multiple = facts.limits?.frames_multiple;
-    if (name === "num_video_frames" && multiple > 1) Object.assign(control, { min: 1, step: multiple });
+    if (name === "num_video_frames" && multiple > 1) Object.assign(control, { min: facts.limits.min_frames ?? 1, step: multiple });
+    if (name === "num_video_frames" && facts.limits?.max_frames) control.max = facts.limits.max_frames;
     const usual = facts.defaults?.[DEFAULT_NAMES[name] ?? name];
     if (auto) control.placeholder = name !== "num_input_frames" && usual != null ? number(usual) : "automatic";
   }
@@ -445,6 +446,7 @@ function showLength() {
 async function setSource(next) {
   if (source?.url) URL.revokeObjectURL(source.url);
   source = next;
+  if (inputs.has("num_input_frames")) setField("num_input_frames", null); // that of another input
   clearProblem("input_reference");
   const image = hook("input-image"), video = hook("input-video");
   hook("drop").hidden = Boolean(source);
@@ -625,14 +627,14 @@ async function useSettings(video) {
   if (!entry) return void showProblem("model", `${video.model} is not on this server now.`);
   hook("world").value = entry.id;
   if (entry.id !== world?.id) chooseWorld(entry);
-  const request = video.request ?? {};
-  fillFields(request);
+  const request = video.request ?? {}, origin = request.input_reference?.input_of;
+  const loaded = setSource(origin ? { input_of: origin, path: pathOf(origin, "/content?variant=input"), name: "Input of an earlier video", note: "used again" } : null);
+  fillFields(origin ? request : { ...request, num_input_frames: null });
   hook("prompt").value = request.prompt ?? video.prompt ?? "";
   saveDraft();
   if (hook("previews")) hook("previews").checked = request.preview_every !== 0;
   clearProblems();
-  const origin = request.input_reference?.input_of;
-  await setSource(origin ? { input_of: origin, path: pathOf(origin, "/content?variant=input"), name: "Input of an earlier video", note: "used again" } : null);
+  await loaded;
   announce("The form has the settings of this video.");
 }
 
