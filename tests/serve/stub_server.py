@@ -241,7 +241,7 @@ class Stub:
         write_video(np.stack(frames), run.folder / "video.mp4", video["fps"])
         Image.fromarray(frames[-1]).save(run.folder / "thumbnail.jpg")
         versions = {"worldline": "0.1.0", "torch": "2.11.0", "python": "3.11.7"}
-        report = {"model": video["model"], "seed": video["seed"], "versions": versions}
+        report = {"model": video["model"], "request": video["request"], **versions}
         (run.folder / "report.json").write_text(json.dumps(report))
         took = time.time() - video["started_at"]
         video.update(

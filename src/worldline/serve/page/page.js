@@ -327,6 +327,11 @@ function numberInput(schema) {
   return input;
 }
 
+// Words of a field's help; its flag on a command line has dashes, its default is in the field.
+function hintOf({ description = "" }) {
+  return description.replaceAll("--", "").replace(/\s*\[default:\s*(.*?)\]/, " Automatic: $1.").trim();
+}
+
 function buildField(name, schema, facts) {
   const auto = defaultOf(name, schema, facts) === null;
   let control, long = false;
@@ -348,7 +353,7 @@ function buildField(name, schema, facts) {
     if (auto) control.placeholder = name !== "num_input_frames" && usual != null ? number(usual) : "automatic";
   }
   register(name, control, schema, facts, auto);
-  const hint = element("p", { className: "hint", id: `hint-${name}`, textContent: (schema.description ?? "").replace(/\s+\[default:/, " [default:") });
+  const hint = element("p", { className: "hint", id: `hint-${name}`, textContent: hintOf(schema) });
   hint.hidden = !hint.textContent;
   const label = element("label", { htmlFor: control.id, textContent: labelOf(name) });
   const body = schema.type === "boolean" ? [element("label", { className: "check" }, control, element("span", { textContent: labelOf(name) }))] : [label, control];
@@ -800,10 +805,12 @@ function makeCard(run) {
   on("delete", () => removeRun(run));
   hook("compare-toggle", card).addEventListener("change", (event) => pick(run, event.target.checked));
   const menu = hook("menu", card);
-  menu.addEventListener("click", (event) => {
+  menu.addEventListener("click", (event) => { // before the action, so that a dialog gives the focus back
     const button = event.target.closest(".menu-items button");
-    if (button && button.dataset.testid !== "delete") menu.open = false;
-  });
+    if (!button || button.dataset.testid === "delete") return;
+    hook("menu-open", card).focus();
+    menu.open = false;
+  }, true);
   player(run, card);
   watcher.observe(card);
   return card;
@@ -1059,7 +1066,8 @@ function definitions(entries) {
 async function showReport(video) {
   const body = hook("report-body"), dialog = hook("report-dialog");
   const report = await read(pathOf(video.id, "/content?variant=report"));
-  const versions = report.versions ?? {}, stages = Object.entries(video.stage_durations ?? {}), longest = Math.max(...stages.map(([, seconds]) => seconds), 1e-9);
+  const versions = Object.fromEntries(["worldline", "torch", "python", "device", "dtype", "attention"].filter((name) => report[name]).map((name) => [name, report[name]]));
+  const stages = Object.entries(video.stage_durations ?? {}), longest = Math.max(...stages.map(([, seconds]) => seconds), 1e-9);
   const section = (title, ...children) => element("section", {}, element("h3", { textContent: title }), ...children);
   const curl = element("pre", { textContent: curlOf(video), tabIndex: 0, dataset: { testid: "curl" } });
   const copy = element("button", { type: "button", className: "link", textContent: "Copy", dataset: { testid: "copy-report-curl" } });
@@ -1077,6 +1085,7 @@ async function showReport(video) {
     })))] : []),
     ...(video.peak_memory_mb ? [section("Memory", definitions([["peak", `${Math.round(video.peak_memory_mb)} MB`]]))] : []),
     ...(Object.keys(versions).length ? [section("Versions", definitions(Object.entries(versions)))] : []),
+    ...(report.frames_sha256 ? [section("Frames", definitions([["SHA-256", report.frames_sha256]]))] : []),
     section("The same by curl", curl, copy),
     element("details", {}, element("summary", { textContent: "Whole report" }), element("pre", { textContent: JSON.stringify(report, null, 1), tabIndex: 0, dataset: { testid: "report-json" } })),
   ));
@@ -1385,7 +1394,7 @@ for (const type of ["dragover", "dragleave", "drop"]) {
 }
 document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
-  if (file) useFile(file);
+  if (file && !event.clipboardData.types.includes("text/plain")) useFile(file);
 });
 document.addEventListener("pointerdown", (event) => {
   for (const menu of document.querySelectorAll(".menu[open]")) if (!menu.contains(event.target)) menu.open = false;
