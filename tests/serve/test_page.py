@@ -547,6 +547,7 @@ def test_runs_are_right_again_after_a_lost_connection(
         gone = run.get_attribute("data-id")
     page.until(lambda: page.part("connection").get_attribute("data-state") == "lost", "a loss")
     page.write("prompt", "Meanwhile.")
+    page.write("field-guidance", "4")
     page.click("generate")
     page.until(lambda: page.shown("form-error"), "words")
     stub.runs.pop(gone)
@@ -554,6 +555,7 @@ def test_runs_are_right_again_after_a_lost_connection(
     with serving(stub, port):
         page.until(lambda: page.part("connection").get_attribute("data-state") == "live", "live")
         page.until(lambda: not page.runs(), "the list of the server")
+        assert page.part("field-guidance").get_property("value") == "4"
         page.make("After.")
 
 

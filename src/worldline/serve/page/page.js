@@ -134,9 +134,8 @@ async function call(path, { method = "GET", json, form, headers = {}, signal } =
       throw new Refusal(0, { message: "The server does not answer; is it running?", code: "unreachable" });
     }
     if (response.status === 401) {
-      const { message } = await refusal(response);
       if (key === sessionStorage.getItem(KEY)) {
-        keyAsked ??= askKey(key ? message : "").finally(() => { keyAsked = null; });
+        keyAsked ??= askKey(key ? "The server does not know this key; check it." : "").finally(() => { keyAsked = null; });
         await keyAsked;
       }
       continue;
@@ -208,6 +207,7 @@ const pathOf = (id, rest = "") => `v1/videos/${encodeURIComponent(id)}${rest}`;
 
 let worlds = [];
 let world = null; // the chosen entry of /v1/models
+let busy = false; // while a request is sent
 let source = null; // {file} | {input_of} | {video}: what is continued; with url, kind, name
 const inputs = new Map(); // field -> {control, schema, default, auto}
 
@@ -245,21 +245,28 @@ async function loadWorlds() {
     if (ids.includes(chosen)) select.value = chosen;
   }
   const entry = worlds.find(({ id }) => id === select.value);
-  if (entry && JSON.stringify([entry.id, entry.worldline]) !== JSON.stringify([world?.id, world?.worldline])) chooseWorld(entry);
+  const again = entry?.id === world?.id && isLoaded(world) && !isLoaded(entry); // the form stays as it is filled
+  if (entry && !again && JSON.stringify([entry.id, entry.worldline]) !== JSON.stringify([world?.id, world?.worldline])) chooseWorld(entry);
+  if (entry) showState(entry);
   for (const run of runs.values()) render(run);
   if (!worlds.length || !worlds.every(isLoaded)) worldsTimer = setTimeout(loadWorlds, 2000);
+}
+
+function showState(entry) {
+  const { inputs: kinds = [], fields, guardrails } = factsOf(entry);
+  const takes = kinds.map((kind) => ({ none: "text", image: "an image", video: "a clip" })[kind]);
+  if (!busy) hook("generate").disabled = !isLoaded(entry);
+  setText(hook("world-facts"), isLoaded(entry)
+    ? `Starts from ${takes.filter((kind) => kind !== "text" || fields.prompt).join(", ").replace(/, ([^,]*)$/, " or $1")} · guardrails ${guardrails ? "on" : "off"}`
+    : "This world is being loaded; it takes requests as soon as it is ready.");
 }
 
 function chooseWorld(entry) {
   const typed = changedFields(), facts = factsOf(entry);
   world = entry;
   sessionStorage.setItem("world", entry.id);
-  hook("generate").disabled = !isLoaded(entry);
+  showState(entry);
   const kinds = facts.inputs ?? [];
-  const takes = kinds.map((kind) => ({ none: "text", image: "an image", video: "a clip" })[kind]);
-  setText(hook("world-facts"), isLoaded(entry)
-    ? `Starts from ${takes.filter((kind) => kind !== "text" || facts.fields.prompt).join(", ").replace(/, ([^,]*)$/, " or $1")} · guardrails ${facts.guardrails ? "on" : "off"}`
-    : "This world is being loaded; it can be asked as soon as it is ready.");
   const media = kinds.filter((kind) => kind !== "none");
   hook("input-field").hidden = !media.length;
   hook("file").accept = media.map((kind) => `${kind}/*`).concat(media.includes("video") ? [".mkv"] : []).join(",");
@@ -603,7 +610,7 @@ async function generate(event) {
   if (badNumber()) return;
   const text = hook("seed").value.trim(), many = hook("four-seeds").checked ? 4 : 1;
   const seed = text === "" ? randomSeed() : Number(text);
-  button.disabled = true;
+  busy = button.disabled = true;
   setText(button, source?.upload ? "Uploading" : "Sending");
   try {
     let first;
@@ -619,6 +626,7 @@ async function generate(event) {
     showProblem(error.param, error.message);
   } finally {
     setText(button, "Generate");
+    busy = false;
     button.disabled = !isLoaded(world);
   }
 }
