@@ -235,6 +235,7 @@ def test_clip_as_input_and_world_without_prompt(page: Page, tmp_path: Path) -> N
     page.until(lambda: page.part("input-video").get_property("videoWidth") == 320, "the input")
     assert not page.shown("error-input_reference")
     [run] = page.generate()
+    page.until(lambda: page.shown("run-preview", run), "the input's last frame")
     page.end(run)
     assert BASE in page.text("run-facts", run)
 

@@ -890,9 +890,10 @@ function render(run) {
   hook("continue", card).hidden = !done || !(kinds.includes("video") || kinds.includes("image"));
   hook("remix", card).hidden = !ended || !facts.fields?.prompt || !video.prompt;
   hook("run-preview", card).alt = done ? "" : "Preview of the video";
-  if (!ended) showStill(run, run.preview);
+  if (!ended) showStill(run, run.preview ?? run.inputFrame);
   else if (!done) showStill(run, null);
-  if (done && !run.url) loadMedia(run);
+  card.classList.toggle("begins", !ended && !run.preview);
+  loadMedia(run);
 }
 
 function showStill(run, url) {
@@ -942,15 +943,58 @@ const watcher = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 
+let slots = 3; // a browser has six connections for a server: media leave some for the rest
+const waiting = [];
+
+async function fetchMedia(path) {
+  if (slots) slots -= 1;
+  else await new Promise((resolve) => waiting.push(resolve));
+  try {
+    return await fetchBlob(path);
+  } finally {
+    const next = waiting.shift();
+    if (next) next();
+    else slots += 1;
+  }
+}
+
+// Until a preview comes, the last frame of the input stands for the video that continues it.
+async function loadInput(run) {
+  if (run.inputAsked || run.preview || !run.video.request?.input_reference) return;
+  run.inputAsked = true;
+  const blob = await fetchMedia(pathOf(run.id, "/content?variant=input")), url = URL.createObjectURL(blob);
+  const video = blob.type.startsWith("video/"), media = element(video ? "video" : "img", video ? { muted: true, preload: "auto" } : {});
+  const until = (event) => new Promise((resolve, reject) => {
+    media.addEventListener(event, resolve, { once: true });
+    media.addEventListener("error", reject, { once: true });
+  });
+  const loaded = until(video ? "loadeddata" : "load");
+  media.src = url;
+  await loaded;
+  if (video) {
+    const seeked = until("seeked");
+    media.currentTime = Math.max(0, media.duration - 0.02);
+    await seeked;
+  }
+  const width = media.videoWidth || media.naturalWidth, height = media.videoHeight || media.naturalHeight, scale = Math.min(1, 640 / width);
+  const canvas = element("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
+  canvas.getContext("2d").drawImage(media, 0, 0, canvas.width, canvas.height);
+  URL.revokeObjectURL(url);
+  run.inputFrame = canvas.toDataURL("image/jpeg", 0.85);
+  if (runs.has(run.id)) render(run);
+}
+
 async function loadMedia(run) {
-  if (run.video?.status !== "completed" || !visible.has(run)) return;
+  if (!run.video || !visible.has(run)) return;
+  if (!ENDED.has(run.video.status)) return void loadInput(run).catch(() => {});
+  if (run.video.status !== "completed") return;
   const video = hook("video", run.card);
   if (run.url) return void (run.paused || still.matches || video.play().catch(() => {}));
   if (run.loading) return;
   run.loading = true;
   if (!run.preview) loadThumbnail(run);
   try {
-    const blob = await fetchBlob(pathOf(run.id, "/content"));
+    const blob = await fetchMedia(pathOf(run.id, "/content"));
     if (!runs.has(run.id)) return;
     run.url = URL.createObjectURL(blob);
     if (blob.type.startsWith("image/")) return showStill(run, run.url);
@@ -972,7 +1016,7 @@ async function loadMedia(run) {
 }
 
 async function loadThumbnail(run) { // at once, where the video is large
-  const blob = await fetchBlob(pathOf(run.id, "/content?variant=thumbnail")).catch(() => null);
+  const blob = await fetchMedia(pathOf(run.id, "/content?variant=thumbnail")).catch(() => null);
   if (!blob || run.url) return;
   const url = URL.createObjectURL(blob);
   hook("run-preview", run.card).addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
@@ -1297,7 +1341,7 @@ async function handle(name, data) {
     put({ ...run.video, ...(name === "progress" ? { status: "in_progress", queue_position: null } : {}), ...data });
   } else if (name === "preview" && /^[\w+/=-]+$/.test(data.jpeg_base64)) {
     run.preview = `data:image/jpeg;base64,${data.jpeg_base64}`;
-    if (!ENDED.has(run.video.status)) showStill(run, run.preview);
+    render(run);
   }
 }
 
