@@ -275,9 +275,7 @@ def checked(world: World, stated: dict[str, Any]) -> dict[str, Any]:
                 value = json.loads(value)
         values[name] = value
     if "none" in world.inputs and not values.get("prompt"):
-        raise ApiError(
-            "missing_parameter", "prompt: it is missing; say what the video shows", "prompt"
-        )
+        raise ApiError("missing_parameter", "prompt: it is missing; describe the video", "prompt")
     try:
         usual = {n: v for n, v in world.defaults.items() if n in known}
         request = world.request.model_validate({**usual, **values})

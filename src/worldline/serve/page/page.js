@@ -34,7 +34,7 @@ const EXAMPLES = {
   other: "A forklift carries a pallet down a bright warehouse aisle while a worker steps aside; the camera follows at walking pace.",
 };
 
-// ---------------------------------------------------------------- the document
+// The document
 
 const hook = (name, root = document) => root.querySelector(`[data-testid="${name}"]`);
 const part = (name, root) => root.querySelector(`[data-part="${name}"]`);
@@ -93,7 +93,7 @@ function since(time) {
   return new Date(time * 1000).toLocaleDateString(undefined, { day: "numeric", month: "short" });
 }
 
-// ---------------------------------------------------------------- the server
+// The server
 
 class Refusal extends Error {
   constructor(status, { message, code = null, param = null }) {
@@ -203,7 +203,7 @@ async function saveFile(path, name) {
 
 const pathOf = (id, rest = "") => `v1/videos/${encodeURIComponent(id)}${rest}`;
 
-// ---------------------------------------------------------------- worlds and the form
+// Worlds and the form
 
 let worlds = [];
 let world = null; // the chosen entry of /v1/models
@@ -269,6 +269,7 @@ function chooseWorld(entry) {
   const kinds = facts.inputs ?? [];
   const media = kinds.filter((kind) => kind !== "none");
   hook("input-field").hidden = !media.length;
+  if (source && isLoaded(entry) && !media.length) setSource(null);
   hook("file").accept = media.map((kind) => `${kind}/*`).concat(media.includes("video") ? [".mkv"] : []).join(",");
   setText(hook("input-need"), kinds.includes("none") ? "(optional)" : "(required)");
   setText(hook("prompt-need"), ["required", undefined].includes(facts.limits?.prompt) ? "" : "(optional)");
@@ -453,7 +454,7 @@ function showLength() {
   setText(place, frames > 0 && fps > 0 ? `${(frames / fps).toFixed(1)} s at ${number(fps)} frames a second` : "");
 }
 
-// ---------------------------------------------------------------- input of the form
+// Input of the form
 
 async function setSource(next) {
   if (source?.url) URL.revokeObjectURL(source.url);
@@ -471,19 +472,19 @@ async function setSource(next) {
   if (!source) return void (hook("file").value = "");
   setText(hook("source-name"), source.name);
   setText(hook("source-note"), source.note);
-  const mine = source;
-  if (!mine.file) {
+  const current = source;
+  if (!current.file) {
     try {
-      mine.file = await fetchBlob(mine.path);
+      current.file = await fetchBlob(current.path);
     } catch (error) {
-      return void (mine === source && setText(hook("source-note"), error.message));
+      return void (current === source && setText(hook("source-note"), error.message));
     }
   }
-  if (mine !== source) return;
-  mine.url = URL.createObjectURL(mine.file);
-  const node = mine.file.type.startsWith("image/") ? image : video;
+  if (current !== source) return;
+  current.url = URL.createObjectURL(current.file);
+  const node = current.file.type.startsWith("image/") ? image : video;
   node.onerror = () => { node.hidden = true; };
-  node.src = mine.url;
+  node.src = current.url;
   node.hidden = false;
   if (node === video && !still.matches) node.play().catch(() => {});
 }
@@ -530,7 +531,7 @@ async function useExample() {
 
 const saveDraft = () => sessionStorage.setItem("prompt", hook("prompt").value);
 
-// ---------------------------------------------------------------- problems, in words, at their field
+// Problems, in words, at their field
 
 function placeOf(param) {
   const name = String(param ?? "").split(/[.[]/)[0], place = PLACES[name] ?? name;
@@ -546,10 +547,10 @@ function showProblem(param, message) {
   const place = placeOf(param);
   const node = place ? document.getElementById(`error-${place}`) : hook("form-error");
   const hidden = place && node.closest(".field").hidden;
-  const shown = hidden ? hook("form-error") : node;
-  setText(shown, message);
-  shown.hidden = false;
-  if (!place || hidden) return shown.scrollIntoView({ block: "nearest" });
+  const slot = hidden ? hook("form-error") : node;
+  setText(slot, message);
+  slot.hidden = false;
+  if (!place || hidden) return slot.scrollIntoView({ block: "nearest" });
   const control = controlOf(place);
   node.closest("details")?.setAttribute("open", "");
   control.setAttribute("aria-invalid", "true");
@@ -577,7 +578,7 @@ function badNumber() {
   return false;
 }
 
-// ---------------------------------------------------------------- asking for videos
+// Asking for videos
 
 function requestBody(seed) {
   const body = { model: world.id, ...changedFields() };
@@ -697,7 +698,7 @@ function remix(video) {
   };
 }
 
-// ---------------------------------------------------------------- the list of videos
+// The list of videos
 
 const runs = new Map(); // id -> {id, video, card, preview, etaAt, addedAt}
 const picked = new Set(); // ids that are compared
@@ -929,7 +930,7 @@ function showFacts({ video, card }) {
 setInterval(() => runs.forEach((run) => !ENDED.has(run.video.status) && showLeft(run)), 1000);
 setInterval(() => runs.forEach(showFacts), 30_000);
 
-// ---------------------------------------------------------------- a finished video
+// A finished video
 
 const visible = new Set(); // runs near the window
 const watcher = new IntersectionObserver((entries) => {
@@ -1086,7 +1087,7 @@ function player(run, card) {
   });
 }
 
-// ---------------------------------------------------------------- report and curl
+// Report and curl
 
 function curlOf(video) {
   const body = Object.fromEntries(Object.entries({ model: video.model, ...video.request }).filter(([, value]) => value !== null));
@@ -1144,7 +1145,7 @@ async function showReport(video) {
   dialog.showModal();
 }
 
-// ---------------------------------------------------------------- compare
+// Compare
 
 function pick(run, on) {
   if (on && picked.size === 4) {
@@ -1299,7 +1300,7 @@ async function compare() {
   scrub.focus();
 }
 
-// ---------------------------------------------------------------- events
+// Events
 
 function showConnection(state, words) {
   hook("connection").dataset.state = state;
@@ -1400,7 +1401,7 @@ document.addEventListener("visibilitychange", () => {
 });
 window.addEventListener("online", () => wake());
 
-// ---------------------------------------------------------------- start
+// Start
 
 hook("form").addEventListener("submit", generate);
 hook("form").addEventListener("input", (event) => {
