@@ -241,7 +241,7 @@ class Stub:
         write_video(np.stack(frames), run.folder / "video.mp4", video["fps"])
         Image.fromarray(frames[-1]).save(run.folder / "thumbnail.jpg")
         versions = {"worldline": "0.1.0", "torch": "2.11.0", "python": "3.11.7"}
-        report = {"model": video["model"], "seed": video["seed"], "versions": versions}
+        report = {"model": video["model"], "request": video["request"], **versions}
         (run.folder / "report.json").write_text(json.dumps(report))
         took = time.time() - video["started_at"]
         video.update(
@@ -275,9 +275,7 @@ def checked(world: World, stated: dict[str, Any]) -> dict[str, Any]:
                 value = json.loads(value)
         values[name] = value
     if "none" in world.inputs and not values.get("prompt"):
-        raise ApiError(
-            "missing_parameter", "prompt: it is missing; say what the video shows", "prompt"
-        )
+        raise ApiError("missing_parameter", "prompt: it is missing; describe the video", "prompt")
     try:
         usual = {n: v for n, v in world.defaults.items() if n in known}
         request = world.request.model_validate({**usual, **values})

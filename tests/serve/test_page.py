@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import time
 import urllib.error
@@ -45,6 +46,9 @@ ENDED = ("completed", "failed", "cancelled")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server with a prompted world (FLOW) and one that takes none (BASE)."""
+    if running := os.environ.get("WORLDLINE_PAGE_SERVER"):
+        yield running
+        return
     with serving(Stub(tmp_path_factory.mktemp("server"))) as address:
         yield address
 
@@ -95,7 +99,7 @@ class Page:
     def text(self, name: str, inside: WebElement | None = None) -> str:
         return self.part(name, inside).get_property("textContent")
 
-    def shown(self, name: str, inside: WebElement | None = None) -> bool:
+    def visible(self, name: str, inside: WebElement | None = None) -> bool:
         return self.part(name, inside).is_displayed()
 
     def runs(self) -> list[WebElement]:
@@ -143,14 +147,14 @@ class Page:
         return self.until(lambda: len(new()) == number and new(), f"{number} runs")
 
     def end(self, run: WebElement, status: str = "completed") -> WebElement:
-        self.until(lambda: run.get_attribute("data-status") in ENDED, "an end")
+        self.until(lambda: run.get_attribute("data-status") in ENDED, "an end", 120)
         assert run.get_attribute("data-status") == status, self.text("run-error", run)
         return run
 
     def video(self, run: WebElement) -> WebElement:
         """The video of a run that has ended, once it can be played."""
         self.script('arguments[0].scrollIntoView({block: "center"})', run)
-        self.until(lambda: self.shown("video", run), "a video")
+        self.until(lambda: self.visible("video", run), "a video")
         return self.part("video", run)
 
     def make(self, prompt: str, steps: int = 2) -> WebElement:
@@ -159,6 +163,10 @@ class Page:
         self.write("field-num_steps", str(steps))
         [run] = self.generate()
         return self.end(run)
+
+    def job(self, run: WebElement) -> dict[str, Any]:
+        """The video object."""
+        return json.loads(self.fetch(f"videos/{run.get_attribute('data-id')}"))
 
     def fetch(self, path: str) -> bytes:
         with urllib.request.urlopen(f"{self.address}/v1/{path}") as response:
@@ -203,13 +211,13 @@ def test_upload_progress_preview_video_download(
         values.append(int(page.part("run-bar", run).get_attribute("aria-valuenow")))
         return run.get_attribute("data-status") in ENDED
 
-    assert page.until(lambda: page.shown("run-preview", run), "a preview")
-    page.until(ended, "an end")
+    assert page.until(lambda: page.visible("run-preview", run), "a preview")
+    page.until(ended, "an end", 120)
     assert values == sorted(values)
     assert len(set(values)) > 3
     video = page.video(page.end(run))
     page.until(lambda: video.get_property("currentTime") > 0, "playing")
-    assert video.get_property("videoWidth") == 320
+    assert video.get_property("videoWidth") == page.job(run)["width"]
     assert video.get_property("loop")
     id = run.get_attribute("data-id")
     page.click("download", run)
@@ -220,13 +228,14 @@ def test_upload_progress_preview_video_download(
 
 def test_clip_as_input_and_world_without_prompt(page: Page, tmp_path: Path) -> None:
     Select(page.part("world")).select_by_value(BASE)
-    assert not page.shown("prompt-field")
+    assert not page.visible("prompt-field")
     page.click("generate")
-    page.until(lambda: page.shown("error-input_reference"), "an error")
+    page.until(lambda: page.visible("error-input_reference"), "an error")
     page.part("file").send_keys(str(clip(tmp_path / "in.mp4")))
     page.until(lambda: page.part("input-video").get_property("videoWidth") == 320, "the input")
-    assert not page.shown("error-input_reference")
+    assert not page.visible("error-input_reference")
     [run] = page.generate()
+    page.until(lambda: page.visible("run-preview", run), "the input's last frame")
     page.end(run)
     assert BASE in page.text("run-facts", run)
 
@@ -264,28 +273,31 @@ def test_errors_are_at_their_field(page: Page) -> None:
     assert field.get_attribute("aria-invalid") == "true"
     assert page.driver.switch_to.active_element == field
     page.write("field-num_video_frames", "33")
-    assert not page.shown("error-num_video_frames")
+    assert not page.visible("error-num_video_frames")
     # a folded field is unfolded
     page.write("field-guidance", "101")
     page.script("arguments[0].open = false", page.part("advanced"))
     page.click("generate")
-    page.until(lambda: page.shown("error-guidance"), "an error")
+    page.until(lambda: page.visible("error-guidance"), "an error")
     page.write("field-guidance", "5")
     page.write("seed", "-1")
     page.click("generate")
-    page.until(lambda: page.shown("error-seed"), "an error")
+    page.until(lambda: page.visible("error-seed"), "an error")
 
 
 def test_use_settings_and_same_seed_give_the_same_bytes(page: Page) -> None:
     page.write("field-guidance", "3")
     first = page.make("The same twice.", 3)
-    seed = json.loads(page.fetch(f"videos/{first.get_attribute('data-id')}"))["seed"]
+    seed = page.job(first)["seed"]
     page.write("prompt", "Another.")
     page.write("field-guidance", "9")
     page.click("use-settings", first)
     assert page.part("prompt").get_property("value") == "The same twice."
     assert page.part("field-guidance").get_property("value") == "3"
     assert page.part("seed").get_property("value") != str(seed)
+    random = page.part("seed").get_property("value")
+    page.click("dice")
+    assert page.part("seed").get_property("value") != random
     page.click("same-seed", first)
     assert page.part("seed").get_property("value") == str(seed)
     assert page.part("keep").is_selected()
@@ -303,7 +315,7 @@ def test_four_seeds_are_four_runs_and_one_upload(page: Page, tmp_path: Path) -> 
     page.write("seed", "4294967294")
     page.part("four-seeds").click()
     runs = page.generate(4)
-    videos = [json.loads(page.fetch(f"videos/{r.get_attribute('data-id')}")) for r in runs]
+    videos = [page.job(r) for r in runs]
     assert sorted(video["seed"] for video in videos) == [0, 1, 4294967294, 4294967295]
     assert all(video["request"]["input_reference"] for video in videos)
     for run in runs:
@@ -329,12 +341,13 @@ def test_compare_plays_in_step(page: Page) -> None:
     page.click("compare-play")
     scrub = page.part("compare-scrub")
     page.script("arguments[0].value = 8; arguments[0].dispatchEvent(new Event('input'))", scrub)
-    page.until(lambda: page.script(times, *tiles) == [8.5 / 16, 8.5 / 16], "frame 9 of both")
+    fps = page.job(page.runs()[0])["fps"]
+    page.until(lambda: page.script(times, *tiles) == [8.5 / fps] * 2, "frame 9 of both")
     scrub.send_keys(Keys.ARROW_RIGHT)
-    page.until(lambda: page.script(times, *tiles) == [9.5 / 16, 9.5 / 16], "frame 10 of both")
+    page.until(lambda: page.script(times, *tiles) == [9.5 / fps] * 2, "frame 10 of both")
     page.click("compare-close")
     page.click("compare-clear")
-    assert not page.shown("tray")
+    assert not page.visible("tray")
 
 
 def test_arrow_keys_step_a_frame(page: Page) -> None:
@@ -358,7 +371,7 @@ def test_markup_in_a_prompt_is_text(page: Page) -> None:
     assert page.text("run-prompt", run) == prompt
     assert not page.driver.find_elements(By.CSS_SELECTOR, 'img[src="x"]')
     page.click("report", run)
-    page.until(lambda: page.shown("report-dialog"), "the report")
+    page.until(lambda: page.visible("report-dialog"), "the report")
     assert prompt in page.text("report-body")
     page.open()
     assert "broken" not in page.driver.title
@@ -378,7 +391,7 @@ def test_report_and_curl_make_the_same_video(page: Page) -> None:
     run = page.make("It's a ball.")
     id = run.get_attribute("data-id")
     page.click("report", run)
-    page.until(lambda: page.shown("report-dialog"), "the report")
+    page.until(lambda: page.visible("report-dialog"), "the report")
     curl = page.text("curl")
     assert curl.startswith(f"curl {page.address}/v1/videos ")
     body = json.loads(curl.partition(" -d '")[2].rstrip("'").replace("'\\''", "'"))
@@ -397,19 +410,19 @@ def test_report_and_curl_make_the_same_video(page: Page) -> None:
 def test_continue_remix_delete(page: Page) -> None:
     first = page.make("A beginning.")
     page.click("continue", first)
-    page.until(lambda: page.shown("input-video"), "the video that is continued")
+    page.until(lambda: page.visible("input-video"), "the video that is continued")
     page.write("prompt", "What follows.")
     [second] = page.generate()
     page.end(second)
     page.click("input-clear")
     page.click("remix", first)
-    page.until(lambda: page.shown("remix-dialog"), "the question")
+    page.until(lambda: page.visible("remix-dialog"), "the question")
     page.write("remix-prompt", "Something else.")
     number = len(page.runs())
     page.click("remix-submit")
     page.until(lambda: len(page.runs()) == number + 1, "the remix")
     third = page.end(page.runs()[0])
-    video = json.loads(page.fetch(f"videos/{third.get_attribute('data-id')}"))
+    video = page.job(third)
     assert video["remixed_from_video_id"] == first.get_attribute("data-id")
     id = third.get_attribute("data-id")
     page.click("delete", third)
@@ -444,7 +457,7 @@ def test_narrow_window_has_no_sideways_scroll(page: Page, scheme: str) -> None:
 def test_everything_by_keyboard(page: Page) -> None:
     page.make("By keys.")
     page.open()
-    page.until(lambda: page.shown("video", page.runs()[0]), "a video")
+    page.until(lambda: page.visible("video", page.runs()[0]), "a video")
     reached = []
     for _ in range(40):
         ActionChains(page.driver).send_keys(Keys.TAB).perform()
@@ -467,17 +480,17 @@ def test_everything_by_keyboard(page: Page) -> None:
 
 def test_key_is_asked_once(chromium: webdriver.Chrome, keyed_server: str) -> None:
     page = Page(chromium, keyed_server).open(ready=False)
-    page.until(lambda: page.shown("key-dialog"), "the question")
+    page.until(lambda: page.visible("key-dialog"), "the question")
     page.write("key-input", "wrong")
     page.click("key-submit")
-    page.until(lambda: page.shown("key-error"), "the refusal")
+    page.until(lambda: page.visible("key-error"), "the refusal")
     page.write("key-input", KEY)
     page.click("key-submit")
     page.until(lambda: page.part("generate").is_enabled(), "a world")
-    assert not page.shown("key-dialog")
+    assert not page.visible("key-dialog")
     page.video(page.make("Behind a key."))
     page.open()
-    assert not page.shown("key-dialog")
+    assert not page.visible("key-dialog")
     page.video(page.runs()[0])
     assert page.script("return localStorage.length") == 0
 
@@ -487,15 +500,15 @@ def test_example_makes_the_first_video(chromium: webdriver.Chrome, tmp_path: Pat
         page = Page(chromium, address).open()
         chromium.execute_script("sessionStorage.clear()")
         page.open()
-        page.until(lambda: page.shown("empty"), "the empty state")
+        page.until(lambda: page.visible("empty"), "the empty state")
         page.click("example")
         assert "ball" in page.part("prompt").get_property("value")
         [run] = page.generate()
-        assert not page.shown("empty")
+        assert not page.visible("empty")
         page.end(run)
         Select(page.part("world")).select_by_value(BASE)
         page.script("document.querySelector('[data-testid=example]').click()")
-        page.until(lambda: page.shown("input-image"), "a drawn picture")
+        page.until(lambda: page.visible("input-image"), "a drawn picture")
         [run] = page.generate()
         page.end(run)
 
@@ -522,7 +535,7 @@ def test_older_videos_come_by_pages(chromium: webdriver.Chrome, tmp_path: Path) 
         for number in (40, 45):
             page.click("older")
             page.until(lambda number=number: len(page.runs()) == number, f"{number} runs")
-        assert not page.shown("older")
+        assert not page.visible("older")
         ids = [run.get_attribute("data-id") for run in page.runs()]
         assert ids == sorted(ids, reverse=True)
 
@@ -538,13 +551,15 @@ def test_runs_are_right_again_after_a_lost_connection(
         gone = run.get_attribute("data-id")
     page.until(lambda: page.part("connection").get_attribute("data-state") == "lost", "a loss")
     page.write("prompt", "Meanwhile.")
+    page.write("field-guidance", "4")
     page.click("generate")
-    page.until(lambda: page.shown("form-error"), "words")
+    page.until(lambda: page.visible("form-error"), "words")
     stub.runs.pop(gone)
     stub.device, stub.listeners = type(stub.device)(), []
     with serving(stub, port):
         page.until(lambda: page.part("connection").get_attribute("data-state") == "live", "live")
         page.until(lambda: not page.runs(), "the list of the server")
+        assert page.part("field-guidance").get_property("value") == "4"
         page.make("After.")
 
 

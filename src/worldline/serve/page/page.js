@@ -34,7 +34,7 @@ const EXAMPLES = {
   other: "A forklift carries a pallet down a bright warehouse aisle while a worker steps aside; the camera follows at walking pace.",
 };
 
-// ---------------------------------------------------------------- the document
+// The document
 
 const hook = (name, root = document) => root.querySelector(`[data-testid="${name}"]`);
 const part = (name, root) => root.querySelector(`[data-part="${name}"]`);
@@ -93,7 +93,7 @@ function since(time) {
   return new Date(time * 1000).toLocaleDateString(undefined, { day: "numeric", month: "short" });
 }
 
-// ---------------------------------------------------------------- the server
+// The server
 
 class Refusal extends Error {
   constructor(status, { message, code = null, param = null }) {
@@ -134,9 +134,8 @@ async function call(path, { method = "GET", json, form, headers = {}, signal } =
       throw new Refusal(0, { message: "The server does not answer; is it running?", code: "unreachable" });
     }
     if (response.status === 401) {
-      const { message } = await refusal(response);
       if (key === sessionStorage.getItem(KEY)) {
-        keyAsked ??= askKey(key ? message : "").finally(() => { keyAsked = null; });
+        keyAsked ??= askKey(key ? "The server does not know this key; check it." : "").finally(() => { keyAsked = null; });
         await keyAsked;
       }
       continue;
@@ -204,10 +203,11 @@ async function saveFile(path, name) {
 
 const pathOf = (id, rest = "") => `v1/videos/${encodeURIComponent(id)}${rest}`;
 
-// ---------------------------------------------------------------- worlds and the form
+// Worlds and the form
 
 let worlds = [];
 let world = null; // the chosen entry of /v1/models
+let busy = false; // while a request is sent
 let source = null; // {file} | {input_of} | {video}: what is continued; with url, kind, name
 const inputs = new Map(); // field -> {control, schema, default, auto}
 
@@ -226,37 +226,53 @@ function labelOf(name) {
   return LABELS[name] ?? words[0].toUpperCase() + words.slice(1);
 }
 
+let worldsTimer = 0;
+
 async function loadWorlds() {
+  clearTimeout(worldsTimer);
   try {
     worlds = (await read("v1/models")).data;
     showTrouble("");
   } catch (error) {
     showTrouble(error.message);
-    return void setTimeout(loadWorlds, 3000);
+    worldsTimer = setTimeout(loadWorlds, 3000);
+    return;
   }
   const select = hook("world"), chosen = select.value || sessionStorage.getItem("world");
-  select.replaceChildren(...worlds.map(({ id }) => element("option", { value: id, textContent: id })));
-  if (worlds.some(({ id }) => id === chosen)) select.value = chosen;
+  const ids = worlds.map(({ id }) => id);
+  if (ids.join() !== [...select.options].map(({ value }) => value).join()) {
+    select.replaceChildren(...ids.map((id) => element("option", { value: id, textContent: id })));
+    if (ids.includes(chosen)) select.value = chosen;
+  }
   const entry = worlds.find(({ id }) => id === select.value);
-  if (entry && (entry.id !== world?.id || isLoaded(entry) !== isLoaded(world))) chooseWorld(entry);
+  const again = entry?.id === world?.id && isLoaded(world) && !isLoaded(entry); // the form stays as it is filled
+  if (entry && !again && JSON.stringify([entry.id, entry.worldline]) !== JSON.stringify([world?.id, world?.worldline])) chooseWorld(entry);
+  if (entry) showState(entry);
   for (const run of runs.values()) render(run);
-  if (!worlds.length || !worlds.every(isLoaded)) setTimeout(loadWorlds, 2000);
+  if (!worlds.length || !worlds.every(isLoaded)) worldsTimer = setTimeout(loadWorlds, 2000);
+}
+
+function showState(entry) {
+  const { inputs: kinds = [], fields, guardrails } = factsOf(entry);
+  const takes = kinds.map((kind) => ({ none: "text", image: "an image", video: "a clip" })[kind]);
+  if (!busy) hook("generate").disabled = !isLoaded(entry);
+  setText(hook("world-facts"), isLoaded(entry)
+    ? `Starts from ${takes.filter((kind) => kind !== "text" || fields.prompt).join(", ").replace(/, ([^,]*)$/, " or $1")} · guardrails ${guardrails ? "on" : "off"}`
+    : "This world is being loaded; it takes requests as soon as it is ready.");
 }
 
 function chooseWorld(entry) {
   const typed = changedFields(), facts = factsOf(entry);
   world = entry;
   sessionStorage.setItem("world", entry.id);
-  hook("generate").disabled = !isLoaded(entry);
+  showState(entry);
   const kinds = facts.inputs ?? [];
-  const takes = kinds.map((kind) => ({ none: "text", image: "an image", video: "a clip" })[kind]);
-  setText(hook("world-facts"), isLoaded(entry)
-    ? `Starts from ${takes.filter((kind) => kind !== "text" || facts.fields.prompt).join(", ").replace(/, ([^,]*)$/, " or $1")} · guardrails ${facts.guardrails ? "on" : "off"}`
-    : "This world is being loaded; it can be asked as soon as it is ready.");
   const media = kinds.filter((kind) => kind !== "none");
   hook("input-field").hidden = !media.length;
+  if (source && isLoaded(entry) && !media.length) setSource(null);
   hook("file").accept = media.map((kind) => `${kind}/*`).concat(media.includes("video") ? [".mkv"] : []).join(",");
   setText(hook("input-need"), kinds.includes("none") ? "(optional)" : "(required)");
+  setText(hook("prompt-need"), ["required", undefined].includes(facts.limits?.prompt) ? "" : "(optional)");
   setText(hook("drop-words"), `or drop ${media.map((kind) => ({ image: "an image", video: "a video" })[kind]).join(" or ")}`);
   hook("prompt-field").hidden = !facts.fields?.prompt;
   buildFields(facts);
@@ -288,6 +304,7 @@ function buildFields(facts) {
 }
 
 function defaultOf(name, schema, facts) {
+  if (/\[default:/.test(schema.description ?? "")) return null; // it depends: the world's to choose
   return schema.default ?? facts.defaults?.[name] ?? facts.defaults?.[DEFAULT_NAMES[name]] ?? null;
 }
 
@@ -318,9 +335,13 @@ function numberInput(schema) {
   return input;
 }
 
+// Words of a field's help; its flag on a command line has dashes, its default is in the field.
+function hintOf({ description = "" }) {
+  return description.replaceAll("--", "").replace(/\s*\[default:\s*(.*?)\]/, " Automatic: $1.").trim();
+}
+
 function buildField(name, schema, facts) {
-  // a default that depends on the input is the world's to choose
-  const auto = /\[default:/.test(schema.description ?? "") || defaultOf(name, schema, facts) === null;
+  const auto = defaultOf(name, schema, facts) === null;
   let control, long = false;
   if (schema.type === "boolean") {
     control = element("input", { type: "checkbox" });
@@ -334,12 +355,13 @@ function buildField(name, schema, facts) {
   } else {
     control = numberInput(schema);
     const multiple = facts.limits?.frames_multiple;
-    if (name === "num_video_frames" && multiple > 1) Object.assign(control, { min: 1, step: multiple });
+    if (name === "num_video_frames" && multiple > 1) Object.assign(control, { min: facts.limits.min_frames ?? 1, step: multiple });
+    if (name === "num_video_frames" && facts.limits?.max_frames) control.max = facts.limits.max_frames;
     const usual = facts.defaults?.[DEFAULT_NAMES[name] ?? name];
     if (auto) control.placeholder = name !== "num_input_frames" && usual != null ? number(usual) : "automatic";
   }
   register(name, control, schema, facts, auto);
-  const hint = element("p", { className: "hint", id: `hint-${name}`, textContent: (schema.description ?? "").replace(/\s+\[default:/, " [default:") });
+  const hint = element("p", { className: "hint", id: `hint-${name}`, textContent: hintOf(schema) });
   hint.hidden = !hint.textContent;
   const label = element("label", { htmlFor: control.id, textContent: labelOf(name) });
   const body = schema.type === "boolean" ? [element("label", { className: "check" }, control, element("span", { textContent: labelOf(name) }))] : [label, control];
@@ -432,11 +454,12 @@ function showLength() {
   setText(place, frames > 0 && fps > 0 ? `${(frames / fps).toFixed(1)} s at ${number(fps)} frames a second` : "");
 }
 
-// ---------------------------------------------------------------- input of the form
+// Input of the form
 
 async function setSource(next) {
   if (source?.url) URL.revokeObjectURL(source.url);
   source = next;
+  if (inputs.has("num_input_frames")) setField("num_input_frames", null); // that of another input
   clearProblem("input_reference");
   const image = hook("input-image"), video = hook("input-video");
   hook("drop").hidden = Boolean(source);
@@ -449,19 +472,19 @@ async function setSource(next) {
   if (!source) return void (hook("file").value = "");
   setText(hook("source-name"), source.name);
   setText(hook("source-note"), source.note);
-  const mine = source;
-  if (!mine.file) {
+  const current = source;
+  if (!current.file) {
     try {
-      mine.file = await fetchBlob(mine.path);
+      current.file = await fetchBlob(current.path);
     } catch (error) {
-      return void (mine === source && setText(hook("source-note"), error.message));
+      return void (current === source && setText(hook("source-note"), error.message));
     }
   }
-  if (mine !== source) return;
-  mine.url = URL.createObjectURL(mine.file);
-  const node = mine.file.type.startsWith("image/") ? image : video;
+  if (current !== source) return;
+  current.url = URL.createObjectURL(current.file);
+  const node = current.file.type.startsWith("image/") ? image : video;
   node.onerror = () => { node.hidden = true; };
-  node.src = mine.url;
+  node.src = current.url;
   node.hidden = false;
   if (node === video && !still.matches) node.play().catch(() => {});
 }
@@ -508,7 +531,7 @@ async function useExample() {
 
 const saveDraft = () => sessionStorage.setItem("prompt", hook("prompt").value);
 
-// ---------------------------------------------------------------- problems, in words, at their field
+// Problems, in words, at their field
 
 function placeOf(param) {
   const name = String(param ?? "").split(/[.[]/)[0], place = PLACES[name] ?? name;
@@ -524,10 +547,10 @@ function showProblem(param, message) {
   const place = placeOf(param);
   const node = place ? document.getElementById(`error-${place}`) : hook("form-error");
   const hidden = place && node.closest(".field").hidden;
-  const shown = hidden ? hook("form-error") : node;
-  setText(shown, message);
-  shown.hidden = false;
-  if (!place || hidden) return shown.scrollIntoView({ block: "nearest" });
+  const slot = hidden ? hook("form-error") : node;
+  setText(slot, message);
+  slot.hidden = false;
+  if (!place || hidden) return slot.scrollIntoView({ block: "nearest" });
   const control = controlOf(place);
   node.closest("details")?.setAttribute("open", "");
   control.setAttribute("aria-invalid", "true");
@@ -555,7 +578,7 @@ function badNumber() {
   return false;
 }
 
-// ---------------------------------------------------------------- asking for videos
+// Asking for videos
 
 function requestBody(seed) {
   const body = { model: world.id, ...changedFields() };
@@ -588,7 +611,7 @@ async function generate(event) {
   if (badNumber()) return;
   const text = hook("seed").value.trim(), many = hook("four-seeds").checked ? 4 : 1;
   const seed = text === "" ? randomSeed() : Number(text);
-  button.disabled = true;
+  busy = button.disabled = true;
   setText(button, source?.upload ? "Uploading" : "Sending");
   try {
     let first;
@@ -604,6 +627,7 @@ async function generate(event) {
     showProblem(error.param, error.message);
   } finally {
     setText(button, "Generate");
+    busy = false;
     button.disabled = !isLoaded(world);
   }
 }
@@ -617,14 +641,14 @@ async function useSettings(video) {
   if (!entry) return void showProblem("model", `${video.model} is not on this server now.`);
   hook("world").value = entry.id;
   if (entry.id !== world?.id) chooseWorld(entry);
-  const request = video.request ?? {};
-  fillFields(request);
+  const request = video.request ?? {}, origin = request.input_reference?.input_of;
+  const loaded = setSource(origin ? { input_of: origin, path: pathOf(origin, "/content?variant=input"), name: "Input of an earlier video", note: "used again" } : null);
+  fillFields(origin ? request : { ...request, num_input_frames: null });
   hook("prompt").value = request.prompt ?? video.prompt ?? "";
   saveDraft();
   if (hook("previews")) hook("previews").checked = request.preview_every !== 0;
   clearProblems();
-  const origin = request.input_reference?.input_of;
-  await setSource(origin ? { input_of: origin, path: pathOf(origin, "/content?variant=input"), name: "Input of an earlier video", note: "used again" } : null);
+  await loaded;
   announce("The form has the settings of this video.");
 }
 
@@ -674,7 +698,7 @@ function remix(video) {
   };
 }
 
-// ---------------------------------------------------------------- the list of videos
+// The list of videos
 
 const runs = new Map(); // id -> {id, video, card, preview, etaAt, addedAt}
 const picked = new Set(); // ids that are compared
@@ -790,10 +814,12 @@ function makeCard(run) {
   on("delete", () => removeRun(run));
   hook("compare-toggle", card).addEventListener("change", (event) => pick(run, event.target.checked));
   const menu = hook("menu", card);
-  menu.addEventListener("click", (event) => {
+  menu.addEventListener("click", (event) => { // before the action, so that a dialog gives the focus back
     const button = event.target.closest(".menu-items button");
-    if (button && button.dataset.testid !== "delete") menu.open = false;
-  });
+    if (!button || button.dataset.testid === "delete") return;
+    hook("menu-open", card).focus();
+    menu.open = false;
+  }, true);
   player(run, card);
   watcher.observe(card);
   return card;
@@ -865,9 +891,10 @@ function render(run) {
   hook("continue", card).hidden = !done || !(kinds.includes("video") || kinds.includes("image"));
   hook("remix", card).hidden = !ended || !facts.fields?.prompt || !video.prompt;
   hook("run-preview", card).alt = done ? "" : "Preview of the video";
-  if (!ended) showStill(run, run.preview);
+  if (!ended) showStill(run, run.preview ?? run.inputFrame);
   else if (!done) showStill(run, null);
-  if (done && !run.url) loadMedia(run);
+  card.classList.toggle("begins", !ended && !run.preview);
+  loadMedia(run);
 }
 
 function showStill(run, url) {
@@ -892,13 +919,18 @@ function showFacts({ video, card }) {
   if (video.inference_time_s) facts.push(`made in ${duration(video.inference_time_s)}`);
   facts.push(since(video.created_at));
   if (worlds.length > 1) facts.push(video.model);
-  setText(hook("run-facts", card), facts.join(" · "));
+  // lines break between facts, not within them
+  const spans = facts.map((fact, index) => element("span", { textContent: index < facts.length - 1 ? `${fact} ·` : fact }));
+  const place = hook("run-facts", card);
+  if (place.textContent !== spans.map((span) => span.textContent).join(" ")) {
+    place.replaceChildren(...spans.flatMap((span, index) => (index ? [" ", span] : [span])));
+  }
 }
 
 setInterval(() => runs.forEach((run) => !ENDED.has(run.video.status) && showLeft(run)), 1000);
 setInterval(() => runs.forEach(showFacts), 30_000);
 
-// ---------------------------------------------------------------- a finished video
+// A finished video
 
 const visible = new Set(); // runs near the window
 const watcher = new IntersectionObserver((entries) => {
@@ -912,14 +944,58 @@ const watcher = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 
+let slots = 3; // a browser has six connections for a server: media leave some for the rest
+const waiting = [];
+
+async function fetchMedia(path) {
+  if (slots) slots -= 1;
+  else await new Promise((resolve) => waiting.push(resolve));
+  try {
+    return await fetchBlob(path);
+  } finally {
+    const next = waiting.shift();
+    if (next) next();
+    else slots += 1;
+  }
+}
+
+// Until a preview comes, the last frame of the input stands for the video that continues it.
+async function loadInput(run) {
+  if (run.inputAsked || run.preview || !run.video.request?.input_reference) return;
+  run.inputAsked = true;
+  const blob = await fetchMedia(pathOf(run.id, "/content?variant=input")), url = URL.createObjectURL(blob);
+  const video = blob.type.startsWith("video/"), media = element(video ? "video" : "img", video ? { muted: true, preload: "auto" } : {});
+  const until = (event) => new Promise((resolve, reject) => {
+    media.addEventListener(event, resolve, { once: true });
+    media.addEventListener("error", reject, { once: true });
+  });
+  const loaded = until(video ? "loadeddata" : "load");
+  media.src = url;
+  await loaded;
+  if (video) {
+    const seeked = until("seeked");
+    media.currentTime = Math.max(0, media.duration - 0.02);
+    await seeked;
+  }
+  const width = media.videoWidth || media.naturalWidth, height = media.videoHeight || media.naturalHeight, scale = Math.min(1, 640 / width);
+  const canvas = element("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
+  canvas.getContext("2d").drawImage(media, 0, 0, canvas.width, canvas.height);
+  URL.revokeObjectURL(url);
+  run.inputFrame = canvas.toDataURL("image/jpeg", 0.85);
+  if (runs.has(run.id)) render(run);
+}
+
 async function loadMedia(run) {
-  if (run.video?.status !== "completed" || !visible.has(run)) return;
+  if (!run.video || !visible.has(run)) return;
+  if (!ENDED.has(run.video.status)) return void loadInput(run).catch(() => {});
+  if (run.video.status !== "completed") return;
   const video = hook("video", run.card);
   if (run.url) return void (run.paused || still.matches || video.play().catch(() => {}));
   if (run.loading) return;
   run.loading = true;
+  if (!run.preview) loadThumbnail(run);
   try {
-    const blob = await fetchBlob(pathOf(run.id, "/content"));
+    const blob = await fetchMedia(pathOf(run.id, "/content"));
     if (!runs.has(run.id)) return;
     run.url = URL.createObjectURL(blob);
     if (blob.type.startsWith("image/")) return showStill(run, run.url);
@@ -938,6 +1014,14 @@ async function loadMedia(run) {
   } finally {
     run.loading = false;
   }
+}
+
+async function loadThumbnail(run) { // at once, where the video is large
+  const blob = await fetchMedia(pathOf(run.id, "/content?variant=thumbnail")).catch(() => null);
+  if (!blob || run.url) return;
+  const url = URL.createObjectURL(blob);
+  hook("run-preview", run.card).addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
+  showStill(run, url);
 }
 
 // Blobs of videos out of sight are given back, beyond some.
@@ -1003,7 +1087,7 @@ function player(run, card) {
   });
 }
 
-// ---------------------------------------------------------------- report and curl
+// Report and curl
 
 function curlOf(video) {
   const body = Object.fromEntries(Object.entries({ model: video.model, ...video.request }).filter(([, value]) => value !== null));
@@ -1035,7 +1119,8 @@ function definitions(entries) {
 async function showReport(video) {
   const body = hook("report-body"), dialog = hook("report-dialog");
   const report = await read(pathOf(video.id, "/content?variant=report"));
-  const versions = report.versions ?? {}, stages = Object.entries(video.stage_durations ?? {}), longest = Math.max(...stages.map(([, seconds]) => seconds), 1e-9);
+  const versions = Object.fromEntries(["worldline", "torch", "python", "device", "dtype", "attention"].filter((name) => report[name]).map((name) => [name, report[name]]));
+  const stages = Object.entries(video.stage_durations ?? {}), longest = Math.max(...stages.map(([, seconds]) => seconds), 1e-9);
   const section = (title, ...children) => element("section", {}, element("h3", { textContent: title }), ...children);
   const curl = element("pre", { textContent: curlOf(video), tabIndex: 0, dataset: { testid: "curl" } });
   const copy = element("button", { type: "button", className: "link", textContent: "Copy", dataset: { testid: "copy-report-curl" } });
@@ -1043,7 +1128,7 @@ async function showReport(video) {
     await copyText(curl.textContent, "The curl command is copied.");
     setText(copy, "Copied");
   };
-  const request = Object.entries(video.request ?? {}).filter(([, value]) => value !== null && value !== "");
+  const request = Object.entries(video.request ?? {}).filter(([name, value]) => name !== "model" && value !== null && value !== "");
   body.replaceChildren(element("div", { className: "report" },
     section("Request", definitions([["id", video.id], ["model", video.model], ...request])),
     ...(stages.length ? [section("Time", element("div", { className: "stages" }, ...stages.map(([name, seconds]) => {
@@ -1053,13 +1138,14 @@ async function showReport(video) {
     })))] : []),
     ...(video.peak_memory_mb ? [section("Memory", definitions([["peak", `${Math.round(video.peak_memory_mb)} MB`]]))] : []),
     ...(Object.keys(versions).length ? [section("Versions", definitions(Object.entries(versions)))] : []),
+    ...(report.frames_sha256 ? [section("Frames", definitions([["SHA-256", report.frames_sha256]]))] : []),
     section("The same by curl", curl, copy),
     element("details", {}, element("summary", { textContent: "Whole report" }), element("pre", { textContent: JSON.stringify(report, null, 1), tabIndex: 0, dataset: { testid: "report-json" } })),
   ));
   dialog.showModal();
 }
 
-// ---------------------------------------------------------------- compare
+// Compare
 
 function pick(run, on) {
   if (on && picked.size === 4) {
@@ -1156,6 +1242,7 @@ async function compare() {
     const ready = new Promise((resolve) => { media[image ? "onload" : "oncanplaythrough"] = media.onerror = resolve; });
     media.src = url;
     await ready;
+    media.style.setProperty("--ratio", (media.videoWidth || media.naturalWidth || 16) / (media.videoHeight || media.naturalHeight || 9));
     const words = [element("b", { textContent: name })];
     if (prompt) words.push(element("p", { textContent: prompt }));
     if (detail) words.push(element("span", { className: "hint", textContent: detail }));
@@ -1213,7 +1300,7 @@ async function compare() {
   scrub.focus();
 }
 
-// ---------------------------------------------------------------- events
+// Events
 
 function showConnection(state, words) {
   hook("connection").dataset.state = state;
@@ -1255,7 +1342,7 @@ async function handle(name, data) {
     put({ ...run.video, ...(name === "progress" ? { status: "in_progress", queue_position: null } : {}), ...data });
   } else if (name === "preview" && /^[\w+/=-]+$/.test(data.jpeg_base64)) {
     run.preview = `data:image/jpeg;base64,${data.jpeg_base64}`;
-    if (!ENDED.has(run.video.status)) showStill(run, run.preview);
+    render(run);
   }
 }
 
@@ -1268,7 +1355,7 @@ const waitFor = (milliseconds) => new Promise((resolve) => {
 });
 
 async function follow() {
-  let delay = 500;
+  let delay = 500, lost = false;
   for (;;) {
     // a hidden tab gives its connection back: browsers have six for a server
     while (document.hidden) await waitFor(60_000);
@@ -1285,6 +1372,7 @@ async function follow() {
       await resync();
       showConnection("live", "Live");
       showTrouble("");
+      if (lost) loadWorlds(); // it may be another server now
       delay = 500;
       for await (const { name, data } of messages(response.body)) {
         alive();
@@ -1297,6 +1385,7 @@ async function follow() {
       if (error.code !== "unreachable" && !signal.aborted) await resync().catch(() => {});
       if (error.message && !signal.aborted && !listed) showTrouble(error.message);
     }
+    lost = true;
     clearTimeout(watchdog);
     stream.abort();
     await waitFor(delay * (0.75 + Math.random() / 2));
@@ -1312,7 +1401,7 @@ document.addEventListener("visibilitychange", () => {
 });
 window.addEventListener("online", () => wake());
 
-// ---------------------------------------------------------------- start
+// Start
 
 hook("form").addEventListener("submit", generate);
 hook("form").addEventListener("input", (event) => {
@@ -1358,7 +1447,7 @@ for (const type of ["dragover", "dragleave", "drop"]) {
 }
 document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
-  if (file) useFile(file);
+  if (file && !event.clipboardData.types.includes("text/plain")) useFile(file);
 });
 document.addEventListener("pointerdown", (event) => {
   for (const menu of document.querySelectorAll(".menu[open]")) if (!menu.contains(event.target)) menu.open = false;
