@@ -27,7 +27,7 @@ from worldline.errors import InputError, strerror
 from worldline.files import digest, remove
 from worldline.serve.errors import ApiError
 from worldline.serve.folder import check_local, locked, synchronise
-from worldline.serve.records import ENDED, Job
+from worldline.serve.records import ENDED, Job, Task
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,20 @@ class Store:
         jobs = [job for job in list(self._live.values()) if job.status not in ENDED]
         return sorted(jobs, key=lambda job: job.id)
 
+    def ids(self, status: str) -> list[str]:
+        """Ids of all jobs of a status."""
+        with self._reading:
+            rows = self._reader.execute("SELECT id FROM jobs WHERE status = ?", (status,))
+            return [id for (id,) in rows]
+
+    def expired(self, keep_seconds: float) -> list[str]:
+        """Ids of jobs that ended longer ago than this."""
+        with self._reading:
+            where = "status IN ('completed', 'failed', 'cancelled') AND completed_at < ?"
+            query = f"SELECT id FROM jobs WHERE {where}"
+            rows = self._reader.execute(query, (time.time() - keep_seconds,))
+            return [id for (id,) in rows]
+
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Number of jobs by model and status."""
         return dict(+self._counts)
@@ -196,6 +210,21 @@ class Store:
     def folder(self, id: str) -> Path:
         """Folder of the results."""
         return self.path / "videos" / id[-2:] / id
+
+    def task(self, id: str) -> Task:
+        """A job for a worker, with an empty folder for its results.
+
+        Raises:
+            ApiError: disk_full.
+        """
+        job, folder = self.get(id, None), self.folder(id)
+        remove(folder)  # of an earlier attempt
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _disk_full(error) from error
+        path = self.input_path(job)
+        return Task(id, job.request, str(path) if path else None, job.input_kind, str(folder))
 
     def seal(self, job: Job) -> bool:
         """Put results of a job onto the disk for good; whether they are whole."""

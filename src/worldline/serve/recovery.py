@@ -1,0 +1,63 @@
+"""Recovery of a store after its server ended, however it ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from worldline.serve.records import Job
+from worldline.serve.store import RESULTS, Store
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = "The server ended while it made the video; post the request again."
+_LOST = "Files of the video are gone from the server."
+
+
+def recover(store: Store, attempts: int) -> list[Job]:
+    """Make rows and files agree; jobs to make, in order: first those that were interrupted.
+
+    A job whose files are whole is completed. One that was begun `attempts` times has failed.
+    """
+    interrupted, queued = [], []
+    for job in store.live():
+        path = store.input_path(job)
+        if job.status == "in_progress" and (report := store.report(job)) is not None:
+            ended = (store.folder(job.id) / "report.json").stat().st_mtime
+            columns = {"status": "completed", "progress": 100, "completed_at": ended}
+            if store.seal(job):
+                store.update(job.id, **columns, result=result_of(report))
+                continue
+        if path is not None and not path.is_file():
+            logger.error("%s: its input is gone; it is failed", job.id)
+            _fail(store, job, "internal_error", _LOST)
+        elif job.status == "queued":
+            queued.append(job)
+        elif job.attempts >= attempts:
+            _fail(store, job, "interrupted", INTERRUPTED)
+        else:
+            interrupted.append(store.update(job.id, status="queued", started_at=None))
+    for id in store.ids("completed"):
+        folder = store.folder(id)
+        if missing := [name for name in RESULTS if not (folder / name).is_file()]:
+            logger.error("%s: %s is gone; it is failed", id, missing[0])
+            _fail(store, store.get(id, None), "internal_error", _LOST)
+    return interrupted + queued
+
+
+def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker would have reported of a video, by the report beside it."""
+    run = report.get("run")
+    stages = run.get("stages", []) if isinstance(run, Mapping) else []
+    seconds = {stage["name"]: stage["seconds"] for stage in stages}
+    result: dict[str, Any] = {"media_type": "video/mp4", "stage_durations": seconds}
+    result["inference_time_s"] = sum(seconds.values()) if seconds else None
+    peak = run.get("peak_gb") if isinstance(run, Mapping) else None
+    return result | {"peak_memory_mb": None if peak is None else peak * 1000}
+
+
+def _fail(store: Store, job: Job, code: str, message: str) -> None:
+    ended = {"completed_at": time.time(), "error_code": code, "error_message": message}
+    store.update(job.id, status="failed", **ended)
