@@ -41,6 +41,7 @@ class Stub:
         requests: method, path, headers and fields of what came.
         jobs: records by id, as the video object has them.
         failures: answers for the next requests of a method and a path's end: status, body, headers.
+        preview: JPEG in base64 that is sent with every event.
         cut: events after which a stream breaks, each number once.
         cancelled: ids for which the cancel route was called.
     """
@@ -64,6 +65,7 @@ class Stub:
         self.keys: dict[str, str] = {}
         self.failures: dict[tuple[str, str], list[tuple[int, Any, dict[str, str]]]] = {}
         self.cut: list[int] = []
+        self.preview = ""
         self.cancelled: list[str] = []
         self.changed = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -230,6 +232,9 @@ class Stub:
                     number, limit = number + 1, None if limit is None else limit - 1
                     text = json.dumps(state)
                     event = f"id: {number}\nevent: {names.get(status, status)}\ndata: {text}\n\n"
+                    if preview := stub.preview:
+                        picture = {"id": job["id"], "done": 7, "total": 9, "jpeg_base64": preview}
+                        event += f"event: preview\ndata: {json.dumps(picture)}\n\n"
                     try:
                         self.wfile.write(event.encode())
                     except OSError:  # the client has gone

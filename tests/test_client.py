@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import shutil
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,20 @@ def test_a_world_that_is_loaded_later(tmp_path: Path) -> None:
         stub.models[MODEL] = facts
         assert world.generate().report["lossless"] is True
         assert world.facts == facts
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_previews(stub: Stub, damaged: bool) -> None:
+    file = BytesIO()
+    Image.new("RGB", (16, 8), "white").save(file, "JPEG")
+    stub.preview = "####" if damaged else base64.b64encode(file.getvalue()).decode()
+    seen = [*worldline.connect(stub.url).stream()]
+    previews = [step for step in seen if step.preview is not None]
+    assert (not previews) is damaged
+    for step in previews:
+        assert step.preview is not None
+        assert step.preview.shape == (1, 8, 16, 3)
+        assert (step.kind, step.total) in {("queue", 1), ("denoise", 3)}
 
 
 def test_damaged_frames_are_noticed(tmp_path: Path) -> None:

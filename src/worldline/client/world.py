@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -343,10 +344,12 @@ def _step_of(event: ServerEvent, last: Step) -> Step | None:
         if event.name == "progress":
             step = event.data["step"]
             new = Step(str(step["kind"]), int(step["done"]), int(step["total"]))
-            return None if new == last else new
+            # the last step of a local world carries the video
+            return None if new.kind == "done" or new == replace(last, preview=None) else new
         if event.name == "preview":
-            done, total = int(event.data["done"]), int(event.data["total"])
-            return Step(last.kind, done, total, preview=_picture(event.data["jpeg_base64"]))
+            # its numbers may be of another kind than the last step's, which it does not name
+            preview = _picture(event.data["jpeg_base64"])
+            return Step(last.kind, last.done, last.total, preview=preview)
     except (KeyError, TypeError, ValueError, OSError):  # of a newer server: no reason to stop
         pass
     return None
