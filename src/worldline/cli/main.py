@@ -33,7 +33,7 @@ SETTINGS = {
 }
 # beside the released ones, the first word of which is a family's name
 COMMANDS = (
-    *("demo", "generate", "train", "tokenize", "fleet", "evaluate", "models", "doctor"),
+    *("demo", "generate", "train", "tokenize", "fleet", "serve", "evaluate", "models", "doctor"),
     "checkpoints",
 )
 # options of every command, which may stand anywhere before --

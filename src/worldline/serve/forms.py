@@ -59,9 +59,7 @@ class Body:
             upload.path.unlink(missing_ok=True)
 
 
-async def read_body(
-    request: Request, settings: AppSettings, incoming: Callable[[], Path]
-) -> Body:
+async def read_body(request: Request, settings: AppSettings, incoming: Callable[[], Path]) -> Body:
     """Fields and files of a request.
 
     Args:
@@ -327,9 +325,7 @@ class _Form:
             upload.path.unlink(missing_ok=True)
 
 
-async def _read_form(
-    request: Request, settings: AppSettings, boundary: bytes, form: _Form
-) -> None:
+async def _read_form(request: Request, settings: AppSettings, boundary: bytes, form: _Form) -> None:
     if not 0 < len(boundary) <= 200:
         message = "the form has no boundary; give multipart/form-data; boundary=…"
         raise ApiError("invalid_value", message, "body")

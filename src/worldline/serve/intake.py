@@ -174,7 +174,9 @@ class Intake:
         if source is not None:
             source.path.unlink(missing_ok=True)
 
-    async def take(self, reference: Any, owner: str, param: str = "input_reference") -> Source | None:
+    async def take(
+        self, reference: Any, owner: str, param: str = "input_reference"
+    ) -> Source | None:
         """The input that a client names, as a file that opens.
 
         Raises:
@@ -204,19 +206,10 @@ class Intake:
             message = f"{param} is {brief(reference)}; give {_FORMS}"
             raise ApiError("invalid_value", message, param)
         try:
-            found = media.sniff(head)
-            if found is None:
-                message = (
-                    f"{param}: its first bytes are of no png, jpeg, webp, mp4, mov, mkv, webm or gif"
-                )
-                raise ApiError("unreadable_media", message, param)
-            kind, suffix = found
-            await media.probe(path)
+            kind, suffix = media.sniff(head)
         except BaseException as error:
             path.unlink(missing_ok=True)
-            if isinstance(error, ApiError) and error.param is None:
-                error.param = param
-            raise
+            raise _renamed(error, param) from None
         return Source(path, kind, suffix, sha256)
 
     async def _from_url(self, url: Any, param: str) -> tuple[Path, bytes, str]:
@@ -224,7 +217,11 @@ class Intake:
             message = f"{param} is {brief(url)}; give {_FORMS}"
             raise ApiError("invalid_value", message, param)
         if url[:5].lower() == "data:":
-            data = await asyncio.to_thread(media.decode_data_url, str(url))
+            limit = int(self.settings.max_field_mb * _MEGABYTE)
+            try:
+                data = await asyncio.to_thread(media.data_url, str(url), limit)
+            except ApiError as error:
+                raise _renamed(error, param) from None
             path = self.store.incoming()
             await asyncio.to_thread(path.write_bytes, data)
             return path, data[:4096], hashlib.sha256(data).hexdigest()
@@ -232,8 +229,13 @@ class Intake:
             message = f"{param}: this server fetches no URLs; send the file or a data URL"
             raise ApiError("url_refused", message, param)
         limit = int(self.settings.max_upload_mb * _MEGABYTE)
-        fetched = self.store.incoming()
-        path = await media.fetch_url(str(url), self.settings.allow_url_inputs, fetched, limit)
+        hosts = self.settings.allow_url_inputs
+        allowed = [] if "*" in hosts else hosts
+        path = self.store.incoming()
+        try:
+            await asyncio.to_thread(media.fetch_url, str(url), allowed, path, limit=limit)
+        except ApiError as error:
+            raise _renamed(error, param) from None
         return path, *await asyncio.to_thread(_head_and_hash, path)
 
     async def _from_job(
@@ -257,6 +259,14 @@ class Intake:
         except FileNotFoundError:
             raise ApiError("video_not_found", f"there is no file of {job.id}", param) from None
         return path, *await asyncio.to_thread(_head_and_hash, path)
+
+
+def _renamed(error: BaseException, param: str) -> BaseException:
+    """An error of media under the name of its field here."""
+    if isinstance(error, ApiError) and error.param == media.PARAM:
+        error.message = error.message.replace(media.PARAM, param)
+        error.param = param
+    return error
 
 
 def owner_of(request: Request) -> str:

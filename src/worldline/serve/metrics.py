@@ -55,7 +55,9 @@ class Metrics:
         self._observers: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "started": lambda f: self.queue_seconds.labels(f["world"]).observe(f["queue_seconds"]),
             "batch": lambda f: self.batch_size.labels(f["world"]).observe(f["size"]),
-            "step": lambda f: self.step_seconds.labels(f["world"], f["stage"]).observe(f["seconds"]),
+            "step": lambda f: self.step_seconds.labels(f["world"], f["stage"]).observe(
+                f["seconds"]
+            ),
             "stage": lambda f: self.stage_seconds.labels(f["world"], f["stage"]).observe(
                 f["seconds"]
             ),

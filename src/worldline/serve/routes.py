@@ -61,14 +61,20 @@ class Videos:
 
     async def page(self, request: Request) -> Response:
         query = request.query_params
-        limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+        limit, order, after = (
+            query.get("limit", "20"),
+            query.get("order", "desc"),
+            query.get("after"),
+        )
         if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= _LISTED):
             message = f"limit is {brief(limit)}; give 1 to {_LISTED}"
             raise ApiError("invalid_value", message, "limit")
         if order not in ("asc", "desc"):
             raise ApiError("invalid_value", f"order is {brief(order)}; give asc or desc", "order")
         if after is not None and not after.startswith("video_"):
-            raise ApiError("invalid_value", f"after is {brief(after)}; give the id of a video", "after")
+            raise ApiError(
+                "invalid_value", f"after is {brief(after)}; give the id of a video", "after"
+            )
         owner = owner_of(request)
         jobs, more = self.store.page(owner, after, int(limit), order == "desc")
         return Json(
@@ -133,7 +139,9 @@ class Videos:
                     raise ApiError("unknown_parameter", message, name[:80])
             prompt = values.get("prompt")
             if prompt is None:
-                raise ApiError("missing_parameter", "prompt is missing; describe the video", "prompt")
+                raise ApiError(
+                    "missing_parameter", "prompt is missing; describe the video", "prompt"
+                )
             if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > 8000:
                 message = f"prompt is {brief(prompt)}; give 1 to 8,000 characters"
                 raise ApiError("invalid_value", message, "prompt")
@@ -292,5 +300,3 @@ async def _disconnected(request: Request) -> None:
     """Wait until the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-

@@ -107,7 +107,9 @@ def choose_model(model: Any, worlds: Sequence[str]) -> str:
         raise ApiError("invalid_value", f"model is {brief(model)}; give one of {known}", "model")
     if model not in worlds:
         close = did_you_mean(model, worlds, 0.6) or f"; there are {known}"
-        raise ApiError("model_not_found", f"model {brief(str(model))}: no such world{close}", "model")
+        raise ApiError(
+            "model_not_found", f"model {brief(str(model))}: no such world{close}", "model"
+        )
     return str(model)
 
 
@@ -131,7 +133,9 @@ def read_fields(values: Mapping[str, Any], model: str, facts: Facts) -> Wanted:
             continue  # a form's empty field
         converted = convert(written, value, schema)
         if name in stated and stated[name] != converted:
-            message = f"{names[name]} is {brief(stated[name])}, {written} {brief(converted)}; give one"
+            message = (
+                f"{names[name]} is {brief(stated[name])}, {written} {brief(converted)}; give one"
+            )
             raise ApiError("conflicting_parameters", message, _label(written))
         stated[name], names[name] = converted, written
     for name in NO_EFFECT:
@@ -148,8 +152,10 @@ def read_fields(values: Mapping[str, Any], model: str, facts: Facts) -> Wanted:
 
 def _unknown(name: str, facts: Facts) -> ApiError:
     """The error of a field that the world does not have."""
-    families = [] if name.endswith(_HIDDEN) else families_with(ALIASES.get(name, name))
-    if families:
+    families = () if name.endswith(_HIDDEN) else families_with(ALIASES.get(name, name))
+    if name == "prompt":
+        message = f"prompt: {facts.name} takes none; leave it out"
+    elif families:
         others = " and ".join(families)
         message = f"{name}: {facts.name} has no such field; worlds of {others} have it"
     else:
@@ -213,12 +219,15 @@ def frames_of(number: float, facts: Facts) -> int:
     frames = nearest_frames(round(number), multiple)
     if most := facts.limits.get("max_frames"):
         frames = min(frames, 1 + (int(most) - 1) // multiple * multiple)
-    return frames
+    return max(frames, int(facts.limits.get("min_frames") or 1))
 
 
 def _read_prompt(stated: Mapping[str, Any], facts: Facts) -> None:
     prompt = stated.get("prompt")
     if prompt is None:
+        if facts.limits.get("prompt") == "required":
+            message = "prompt is missing; describe the video"
+            raise ApiError("missing_parameter", message, "prompt")
         return
     if len(prompt) > MAX_PROMPT:
         message = f"prompt has {len(prompt):,} characters; give at most {MAX_PROMPT:,}"
@@ -235,7 +244,9 @@ def read_metadata(value: Any) -> dict[str, str] | None:
         return None
     texts = isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
     if not texts or len(value) > 16:
-        raise ApiError("invalid_value", "metadata must be an object of at most 16 strings", "metadata")
+        raise ApiError(
+            "invalid_value", "metadata must be an object of at most 16 strings", "metadata"
+        )
     if any(len(name) > 64 or len(text) > 512 for name, text in value.items()):
         message = "metadata: names have at most 64 characters, strings 512"
         raise ApiError("invalid_value", message, "metadata")
@@ -284,8 +295,10 @@ def _convert(value: Any, schema: Mapping[str, Any]) -> Any:
         raise ValueError(" or ".join(map(str, values)))
     kind = schema.get("type")
     reader = _READERS.get(kind) if isinstance(kind, str) else None
-    return str(value) if isinstance(value, FormText) and not reader else (
-        reader(value, schema) if reader else value
+    return (
+        str(value)
+        if isinstance(value, FormText) and not reader
+        else (reader(value, schema) if reader else value)
     )
 
 
@@ -439,16 +452,19 @@ def model_object(
     world: dict[str, Any] = {"state": "loading"}
     if facts is not None:
         limits = dict(facts.limits)
-        for limit, value in (("max_frames", settings.max_frames), ("max_pixels", settings.max_pixels)):
+        for limit, value in (
+            ("max_frames", settings.max_frames),
+            ("max_pixels", settings.max_pixels),
+        ):
             if value is not None:
                 limits[limit] = min(value, limits.get(limit) or value)
         defaults = facts.defaults
-        size = f"{defaults.get('width')}x{defaults.get('height')}"
+        size = defaults.get("width"), defaults.get("height")
         world = {
             "state": "ready",
             "family": facts.family,
             "inputs": list(facts.inputs),
-            "sizes": list(limits.get("sizes") or [size]),
+            "sizes": [f"{w}x{h}" for w, h in limits.get("sizes") or [size]],
             "frames": {
                 "default": defaults.get("num_frames", defaults.get("num_video_frames")),
                 "multiple": limits.get("frames_multiple", 1),

@@ -61,9 +61,7 @@ class Gate:
         self.hosts = _hosts(access.host) | {host.lower() for host in settings.allowed_host}
         self.any_address = access.host in ("0.0.0.0", "::", "")
 
-    async def __call__(
-        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
-    ) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -209,5 +207,3 @@ def refuse_open_host(host: str, keys: tuple[str, ...], insecure: bool) -> str | 
         f"--host {host}: everyone who reaches it could use the server; give --api_key_file, or "
         "--insecure"
     )
-
-

@@ -45,6 +45,7 @@ class LocalWorker:
         options: Mapping[str, Any],
         *,
         devices: Sequence[str | int] | None = None,
+        place: str = "",
         log: Callable[[str], None] = _log,
     ) -> None:
         """A worker that is not started.
@@ -54,9 +55,11 @@ class LocalWorker:
             name: such as "tiny-Cosmos-Predict1-4B/0".
             options: load options, as JSON holds them.
             devices: GPUs that the process sees; None: all.
+            place: path of the world, where its name is another.
             log: gets each line that the process writes to standard error.
         """
         self.world, self.name, self.options = world, name, dict(options)
+        self.place = place or world
         self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
         self.facts: Facts | None = None
         self.heartbeat = time.monotonic()
@@ -103,7 +106,7 @@ class LocalWorker:
             theirs.close()
         self.pid = self._process.pid
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
-        self._send({"world": self.world, "options": self.options, "parent": os.getpid()})
+        self._send({"world": self.place, "options": self.options, "parent": os.getpid()})
         logs = asyncio.create_task(self._read_log(self._process))
         self._tasks = [logs, asyncio.create_task(self._read(reader, self._process, logs))]
         try:
