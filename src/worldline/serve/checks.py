@@ -178,7 +178,7 @@ def batch_key(world: World, values: Mapping[str, Any], kind: InputType | None) -
 
 def facts(world: World, seconds: float) -> Facts:
     """Facts of a world that took so many seconds to load."""
-    family, opened = world.opened.family, world.opened
+    family = world.opened.family
     accepted = {
         (kind, prompt is not None): request
         for kind in KINDS
@@ -188,6 +188,8 @@ def facts(world: World, seconds: float) -> Facts:
     inputs = [
         kind or "none" for kind in KINDS if (kind, True) in accepted or (kind, False) in accepted
     ]
+    if not accepted:
+        raise InputError(f"{world.name} makes no video: a part that every request needs is missing")
     prompts = {prompted for _, prompted in accepted}
     [(kind, prompted), request] = next(iter(accepted.items()))
     base = {"prompt": "a ball rolls"} if prompted else {}

@@ -11,12 +11,13 @@ import logging
 import os
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,7 +95,9 @@ class Maker:
             DeviceLost: no more can be made.
         """
         self.batch, earlier, self._saves = batch, self._saves, []
-        groups = [[*tasks]]
+        together = self.world.opened.family.generate_together is not None
+        size = self.world.parts.compute.batch_size if together else 1
+        groups = [[*tasks[at : at + size]] for at in range(0, len(tasks), size)]
         while groups and not self.stopping:
             group = groups.pop(0)
             try:
@@ -161,8 +164,12 @@ class Maker:
     def _make(self, group: Sequence[Task]) -> bool:
         """Make videos together; whether memory was too small, for those that have not ended."""
         tasks, jobs = list[Task](), list[Job]()
-        for task in self._unmade(group):
-            self._emit({"event": "begun", "id": task.id})
+        for task in group:
+            if not self._unmade([task]):
+                continue
+            if task.id not in self._sent:  # else memory was too small at first
+                self._sent[task.id] = "", 0.0, 0.0
+                self._emit({"event": "begun", "id": task.id})
             if (job := self._prepare(task)) is not None:
                 tasks.append(task)
                 jobs.append(job)
@@ -170,10 +177,10 @@ class Maker:
             return False
         begun = time.monotonic()
         try:
-            size = min(len(jobs), self.world.parts.compute.batch_size)
-            if size > 1:
-                check_frames(self.world.opened, jobs[0].request, size)
-            with closing(self._steps(jobs)) as steps:
+            if len(jobs) > 1:
+                check_frames(self.world.opened, jobs[0].request, len(jobs))
+            # closed: networks leave the device
+            with closing(cast(Generator[Any, None, None], self.world.run_batch(jobs))) as steps:
                 for index, step in steps:
                     task = tasks[index]
                     if step.video is None:
@@ -181,8 +188,8 @@ class Maker:
                     elif task.id not in self.cancelled:
                         self._handed.add(task.id)
                         seconds = time.monotonic() - begun
-                        save = self._save, self.batch, task, step.video, seconds
-                        self._saves.append(self._files.submit(*save))
+                        save = partial(self._save, self.batch, task, step.video, seconds)
+                        self._saves.append(self._files.submit(save))
                     if self.stopping or not self._unmade(tasks):
                         return False
         except InsufficientMemoryError as error:
@@ -201,9 +208,6 @@ class Maker:
         for task in self._unmade(tasks):
             self._fail(task, "internal_error", _NEUTRAL)
         return False
-
-    def _steps(self, jobs: Sequence[Job]) -> Any:
-        return self.world.run_batch(jobs)
 
     def _unmade(self, tasks: Sequence[Task]) -> list[Task]:
         """Tasks whose video is still to be made; those that are cancelled end here."""
@@ -262,17 +266,17 @@ class Maker:
         for task in tasks:
             if task.id in self._handed or task.id not in self.known:
                 continue
-            kind, stepped, shown = self._sent.get(task.id, ("", 0.0, 0.0))
+            kind, stepped, previewed = self._sent.get(task.id, ("", 0.0, 0.0))
             facts = {"id": task.id, "done": step.done, "total": step.total}
             if step.kind != kind or whole or now - stepped >= _STEP_S:
                 self._emit({"event": "step", "kind": step.kind, **facts})
                 kind, stepped = step.kind, now
             frames = step.preview if step.preview is not None else step.frames
-            if frames is not None and len(frames) and now - shown >= _PREVIEW_S:
+            if frames is not None and len(frames) and now - previewed >= _PREVIEW_S:
                 picture = b64encode(jpeg(frames[-1], PREVIEW)).decode()
                 self._emit({"event": "preview", **facts, "jpeg_base64": picture})
-                shown = now
-            self._sent[task.id] = kind, stepped, shown
+                previewed = now
+            self._sent[task.id] = kind, stepped, previewed
 
     def _save(self, batch: int, task: Task, video: Video, seconds: float) -> None:
         """Write the files of a video and end its task; in the thread of files."""

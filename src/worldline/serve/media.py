@@ -128,7 +128,7 @@ async def probe(path: str | Path, kind: MediaKind) -> dict[str, Any]:
     output = b""
     try:
         output, _ = await asyncio.wait_for(process.communicate(), _CHILD_S)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise _unreadable(f"it cannot be read within {_CHILD_S:.0f} seconds") from None
     finally:
         if process.returncode is None:
@@ -156,8 +156,8 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
         if kind == "image":
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
                 width, height = picture.size
-            if error := _too_large(width, height):
-                return {"error": error}
+            if problem := _too_large(width, height):
+                return {"error": problem}
         info = read_measurements(path)
     except InputError as error:
         return {"error": printable(str(error).replace(f"{path}: ", "").replace(str(path), "it"))}
@@ -167,8 +167,8 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
         return {"error": f"it is damaged ({type(error).__name__})"}
     if info.kind != kind:
         return {"error": f"it begins like a file of type {kind} and is none"}
-    if error := _too_large(info.width, info.height):
-        return {"error": error}
+    if problem := _too_large(info.width, info.height):
+        return {"error": problem}
     return info._asdict()
 
 
@@ -354,8 +354,9 @@ def _get(
     """Location of a redirect; None once the body is in the target."""
     limit, deadline, connect, context = limits
     name, late = parts.hostname or "", threading.Event()
-    connection = http.client.HTTPSConnection(name, _HTTPS, context=context)
+    connection = http.client.HTTPConnection(name, _HTTPS)  # of whose socket this takes care
     plain: socket.socket | None = None
+    answer: http.client.HTTPResponse | None = None
 
     def cut() -> None:  # else a host that sends a byte now and then holds us for ever
         late.set()
@@ -371,8 +372,9 @@ def _get(
         connection.sock = context.wrap_socket(plain, server_hostname=name)
         plain = connection.sock
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {"Accept": "image/*, video/*", "Accept-Encoding": "identity"}
-        connection.request("GET", _ascii(path), headers={**headers, "User-Agent": "worldline"})
+        headers = {"Host": parts.netloc, "User-Agent": "worldline"}
+        headers |= {"Accept": "image/*, video/*", "Accept-Encoding": "identity"}
+        connection.request("GET", _ascii(path), headers=headers)
         answer = connection.getresponse()
         if answer.status in (301, 302, 303, 307, 308) and (
             location := answer.getheader("Location")
@@ -391,7 +393,7 @@ def _get(
         raise _refused(f"host {name} cannot be read: {reason}") from None
     finally:
         timer.cancel()
-        for open_one in (connection, plain):
+        for open_one in (answer, connection, plain):
             if open_one is not None:
                 open_one.close()
 

@@ -134,7 +134,15 @@ class Worker:
         os._exit(status)
 
     def read(self) -> None:
-        """Answer the parent."""
+        """Answer the parent until it goes."""
+        try:
+            self.answer()
+        except Exception:  # else nobody would hear the parent any more
+            logger.exception("a message of the server cannot be understood")
+            self.end(1)
+        self.end(0)
+
+    def answer(self) -> None:
         from worldline.serve.records import Task
 
         while (message := self.line.receive()) is not None:
@@ -149,7 +157,6 @@ class Worker:
             elif "stop" in message:
                 self.maker.stopping = True
                 self.batches.put(None)
-        self.end(0)
 
     def check(self, message: dict[str, Any]) -> None:
         from worldline.serve.checks import check

@@ -149,7 +149,7 @@ class LocalWorker:
             if self._writer is not None:
                 self._writer.close()
             await self._reap(process, _END_S)
-            with suppress(asyncio.TimeoutError):  # a child of it may hold its standard error
+            with suppress(TimeoutError):  # a child of it may hold its standard error
                 await asyncio.wait_for(asyncio.shield(logs), 1)
             logs.cancel()
             self._bury(process.returncode)
@@ -158,7 +158,7 @@ class LocalWorker:
         """Wait for the end of a process, and kill it if it does not end."""
         try:
             await asyncio.wait_for(process.wait(), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -263,7 +263,7 @@ class LocalWorker:
         self._send({"cancel": id})
 
     async def stop(self, *, kill: bool = False) -> None:
-        """End the process: after the current step, with files that are being written; or at once."""
+        """End the process: after the current step and with the files of videos, or at once."""
         process = self._process
         if process is None:
             self.state = "dead"
