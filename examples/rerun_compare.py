@@ -18,8 +18,8 @@ def main(output: str = "compare.rrd", url: str = "") -> None:
     try:
         import rerun as rr
         import rerun.blueprint as rrb
-    except ImportError:
-        raise SystemExit("rerun is not installed; run: pip install rerun-sdk") from None
+    except ImportError as error:
+        raise SystemExit(f"{error}; run: pip install rerun-sdk") from None
     truth = read_video(CLIP).frames
     world = worldline.connect(url) if url else worldline.load("tiny-Cosmos-Predict1-4B")
     prediction = world.generate(truth[:9], num_input_frames=9, seed=0).frames
