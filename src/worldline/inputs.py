@@ -133,7 +133,9 @@ def check_file(
     """
     if isinstance(path, Span):
         info = path.timeline.info._replace(frames=path.frames)
-    info, count = info or probe(path), request.num_input_frames
+    elif info is None:
+        info = probe(path)
+    count = request.num_input_frames
     check_length(path, info.frames, count)
     check_pixels(Path(path), count, info.height, info.width, MAX_IMAGE)
     fit_note(path, info.height, info.width, request.fit, video)
