@@ -606,7 +606,7 @@ def test_a_drained_job_is_made_after_the_next_start(tmp_path: Path, prompt: str)
             assert runs(script)[-2:] == [(first.id,), (second.id,)]
         async with queue(tmp_path, script) as q:  # what the last jobs took is known
             third = await q.submit(job(), None)
-            assert q.eta(third) is not None
+            assert q.queued_seconds(third.model) is not None
 
     run(test())
 
