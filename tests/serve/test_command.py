@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from worldline.cli.serve import choose_worlds, default_worlds, family_of, read_keys
+from worldline.cli.serve import choose_worlds, default_worlds, family_of, listen, read_keys
 from worldline.errors import InputError
 from worldline.serve.security import refuse_open_host
 
@@ -84,6 +85,12 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_keys(tmp_path / "absent")
 
 
+def test_small_answers_leave_at_once() -> None:
+    # asyncio sends them at once where the listener has a protocol; else 40 ms later
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_one_bundled_world_of_each_family() -> None:
     worlds = default_worlds()
     families = [family_of(world.removeprefix("tiny-")) for world in worlds]
@@ -108,6 +115,8 @@ def test_options_go_to_the_worlds_that_have_them() -> None:
 def test_refused_starts() -> None:
     for words, named in (
         (["--host", "0.0.0.0"], "--api_key_file"),
+        (["tiny-Cosmos-Predict2.5-2B", "--num_gpus", "2"], "--gpus_per_worker"),
+        (["tiny-Cosmos-Predict2.5-2B", "--gpus_per_worker", "2"], "--workers ray"),
         (["tiny-nothing"], "tiny-nothing"),
         (["--port", "99999"], "port"),
         (["--workers", "0"], "workers"),

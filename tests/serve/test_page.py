@@ -1,13 +1,12 @@
 """The page of `worldline serve` in a real browser, over the public routes alone.
 
-`server` yields an address: of the stand-in here, whose videos are drawn.
+Where jobs must take a certain time, fail or be many, a stand-in draws the videos.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import time
 import urllib.error
@@ -31,6 +30,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
+from tests.serve.running import Served
 from tests.serve.stub_server import BASE, FLOW, Stub, serving
 from worldline.video.write import write_video
 
@@ -45,12 +45,10 @@ ENDED = ("completed", "failed", "cancelled")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server with a prompted world (FLOW) and one that takes none (BASE)."""
-    if running := os.environ.get("WORLDLINE_PAGE_SERVER"):
-        yield running
-        return
-    with serving(Stub(tmp_path_factory.mktemp("server"))) as address:
-        yield address
+    """Address of `worldline serve` with a prompted world (FLOW) and one that takes none (BASE)."""
+    server = Served(tmp_path_factory.mktemp("server"), FLOW, BASE)
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture(scope="module")

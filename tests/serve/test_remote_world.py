@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import pytest
 from PIL import Image
 
 import worldline
+from tests.serve.running import Served
 from worldline.client.wire import RemoteError
 from worldline.errors import InputError
 from worldline.video.read import read_video
@@ -28,45 +25,9 @@ KEY = "a-key-of-tests"
 OPTIONS = {"prompt": "a ball", "num_video_frames": 9, "num_steps": 2, "guidance": 0.0}
 
 
-class Served:
-    """A server in a process of its own.
-
-    Attributes:
-        url: its address.
-    """
-
-    def __init__(self, folder: Path, *worlds: str, port: int = 0) -> None:
-        words = [sys.executable, "-m", "worldline", "serve", *worlds, "--port", str(port)]
-        self.log = folder / "server.log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WORLDLINE_API_KEY": KEY}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*words, "--data_dir", str(folder / "data")],
-                stderr=log,
-                stdout=log,
-                env=environment,
-            )
-        self.url = self._wait()
-
-    def _wait(self) -> str:
-        for _ in range(600):
-            if found := re.search(r"http://[\d.]+:[1-9]\d*", self.log.read_text()):
-                return found[0]
-            try:
-                self.process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-        raise AssertionError(self.log.read_text())
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
-        self.process.wait(60)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("served"), NAME, AR)
+    server = Served(tmp_path_factory.mktemp("served"), NAME, AR, key=KEY)
     yield server
     server.stop()
 

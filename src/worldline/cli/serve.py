@@ -126,11 +126,11 @@ def serve(context: click.Context, /, **_: object) -> None:
 
 def refuse_misplaced(flags: ServeFlags, context: click.Context) -> None:
     """Refuse flags of a cluster without one, and flags that a cluster has others for."""
-    if flags.workers != "ray":
-        if typed := [*stated(context, RayOptions.model_fields)]:
-            raise InputError(f"--{typed[0]}: it is of --workers ray; give that, or leave it out")
-    elif typed := [*stated(context, ("num_gpus", "data_parallel"))]:
-        raise InputError(f"--{typed[0]}: GPUs of a worker on Ray are --gpus_per_worker; give that")
+    if flags.workers != "ray" and (typed := [*stated(context, RayOptions.model_fields)]):
+        raise InputError(f"--{typed[0]}: it is of --workers ray; give that, or leave it out")
+    if typed := [*stated(context, ("num_gpus", "data_parallel"))]:
+        advice = "GPUs that share a video are --workers ray --gpus_per_worker N; give these"
+        raise InputError(f"--{typed[0]}: {advice}, or leave it out")
 
 
 class Machine:
@@ -280,7 +280,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # with its protocol, asyncio sends small answers at once; else after 40 ms
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
@@ -382,7 +383,7 @@ def local_worker(world: World, name: str, devices: Sequence[str]) -> Worker:
 
     number = int(name.rpartition("/")[2])
     chosen = [devices[number % len(devices)]] if devices else None
-    if "device" in world.options or "num_gpus" in world.options:
+    if "device" in world.options:
         chosen = None  # the caller chose
     worker = LocalWorker(world.name, name, world.options, devices=chosen, place=world.place)
     return worker
