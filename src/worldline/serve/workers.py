@@ -89,7 +89,8 @@ class LocalWorker:
         ours, theirs = socket.socketpair()
         try:
             # -P: a module of the working folder must not take the place of ours
-            words = (sys.executable, "-P", "-m", "worldline.serve.worker", str(theirs.fileno()))
+            words = [sys.executable, "-P", "-m", "worldline.serve.worker", str(theirs.fileno())]
+            words.append(self.name)  # for whoever looks at the processes
             self._process = await asyncio.create_subprocess_exec(
                 *words,
                 stdin=asyncio.subprocess.DEVNULL,
