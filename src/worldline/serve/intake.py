@@ -70,9 +70,7 @@ class Intake:
         """
         facts = self.queue.facts(model)
         if facts is None:
-            state, description = self.queue.health()
-            code = state if state in ("no_worker", "shutting_down") else "loading"
-            raise ApiError(code, description, retry_after=10)
+            raise self.queue.unavailable(model)
         return facts
 
     async def make(

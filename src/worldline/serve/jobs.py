@@ -113,11 +113,18 @@ class Queue:
                 path = None if input is None else str(input)
                 check = slot.worker.check(stated, path, kind)
                 return await asyncio.wait_for(check, self.settings.check_seconds)
+        raise self.unavailable(model)
+
+    def unavailable(self, model: str) -> ApiError:
+        """Error of a world that no worker can be asked for."""
+        self._refuse_if_stopping()
         if self._state(model) == "loading":
             facts = self.facts(model)
             wait = min(_LONGEST_RETRY, max(1.0, facts.load_seconds if facts else 10.0))
-            raise ApiError("loading", f"The world {model} is being loaded.", retry_after=wait)
-        raise ApiError("no_worker", f"No worker of the world {model} runs.", retry_after=30)
+            message = f"{model} is loading; ask again in {wait:.0f} s"
+            return ApiError("loading", message, retry_after=wait)
+        message = f"{model} has no worker; the server's log has the reason"
+        return ApiError("no_worker", message, retry_after=30)
 
     async def submit(self, job: Job, input: Path | None) -> Job:
         """Accept a job: once this returns it is on the disk.
@@ -242,12 +249,12 @@ class Queue:
             return "disk_full", "The server's disk is full."
         states = {world: self._state(world) for world in self.worlds}
         for state, words in (
-            ("stuck", "makes no progress; its worker is replaced."),
-            ("no_worker", "has no worker."),
-            ("loading", "is being loaded."),
+            ("stuck", "no progress; the worker is replaced"),
+            ("no_worker", "no worker"),
+            ("loading", "loading"),
         ):
             if worlds := [world for world in self.worlds if states[world] == state]:
-                return state, f"{', '.join(worlds)} {words}"
+                return state, f"{', '.join(worlds)}: {words}."
         return "ready", f"{', '.join(self.worlds)} can be asked for videos."
 
     def add_worker(self, world: str) -> str:
