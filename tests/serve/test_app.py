@@ -501,6 +501,11 @@ WRONG_FIELDS: list[Any] = [
     {"seconds": 5, "num_frames": 5},
     {"rollout": "pixels"},
     {f"field{n}": 1 for n in range(65)},
+    *({"seed": value} for value in (-0.5, 2**32, "1e3", "0x10", "7 ", "٣")),
+    *({"size": value} for value in ("96", "96x", "x64", "-96x64", "96x64x3", [96, 64])),
+    *({"num_steps": value} for value in (1001, "", None.__class__.__name__)),
+    *({"fps": value} for value in (0, 241, "fast")),
+    *({"preview_every": value} for value in (-1, 1001)),
 ]
 BODIES: list[bytes] = [
     *(b"", b"null", b"3", b'"x"', b"[]", b"{", b"{'a': 1}", b"\xff\xfe", b'{"seed": NaN}'),
