@@ -13,6 +13,7 @@ A command prints the message as one line and exits with `exit_code`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -175,3 +176,9 @@ def strerror(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had too little memory; imports no torch."""
     return type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or its cause, is a full disk, which all further files would meet, too."""
+    numbers = {getattr(each, "errno", None) for each in (error, error.__cause__)}
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT})

@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 from base64 import b64encode
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -62,6 +62,9 @@ class Step:
     video: Video | None = None
 
 
+Progress = bool | Callable[[Step], object]  # True: a bar
+
+
 def numbered(
     index: int, steps: Generator[Step, None, Result]
 ) -> Generator[tuple[int, Step], None, Result]:
@@ -87,6 +90,32 @@ class Bar:
             kind, done = step.kind, step.kind == "done"
             self.bar = tqdm.tqdm(desc=kind, total=step.total, initial=step.done, disable=done)
         self.bar.update(step.done - self.bar.n)
+
+
+def finish(
+    stream: Callable[[], Generator[Step, None, None]], progress: Progress, *, bar: bool = True
+) -> Video | None:
+    """Video of a stream, whose steps are reported; None where it ends without one.
+
+    Args:
+        stream: begins it.
+        progress: whether a bar runs, or what gets each step; what it raises closes the stream.
+        bar: whether this process may have one.
+
+    Raises:
+        InputError: `progress` is neither.
+    """
+    if not isinstance(progress, bool) and not callable(progress):
+        raise InputError(f"progress is {progress!r:.80}; give True or a function of a Step")
+    report = Bar() if progress is True and bar else progress
+    video: Video | None = None
+    # closed: networks leave the device, though a notebook may hold the trace of an error
+    with closing(stream()) as steps:
+        for step in steps:
+            if callable(report):
+                report(step)
+            video = step.video
+    return video
 
 
 @dataclass(frozen=True, eq=False)

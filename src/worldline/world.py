@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from os import PathLike
@@ -53,7 +52,7 @@ from worldline.parallel.job import share, stop
 from worldline.parallel.mesh import Axis
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Name, Request
-from worldline.step import Bar, Step, Video, numbered
+from worldline.step import Progress, Step, Video, finish, numbered
 from worldline.video.read import Clip
 from worldline.video.span import Span
 
@@ -227,7 +226,7 @@ class World:
         input: Input | None = None,
         *,
         input_type: InputType | None = None,
-        progress: bool | Callable[[Step], object] = False,
+        progress: Progress = False,
         **options: Any,
     ) -> Video:
         """Video of a prompt, or of what happens next in an image or a clip.
@@ -235,17 +234,9 @@ class World:
         With `progress=True` a bar runs on standard error; a function gets each `Step`, and what it
         raises ends the request. Other arguments, options and errors are those of `stream`.
         """
-        if not isinstance(progress, bool) and not callable(progress):
-            raise InputError(f"progress is {progress!r:.80}; give True or a function of a Step")
-        report = Bar() if progress is True and self.processes.first else progress
-        # closed: networks leave the device, though a notebook may hold the trace of an error
-        video: Video | None = None
-        with closing(self.stream(input, input_type=input_type, **options)) as steps:
-            for step in steps:
-                if callable(report):
-                    report(step)
-                video = step.video
-        video = self.processes.once(lambda: video)
+        stream = partial(self.stream, input, input_type=input_type, **options)
+        made = finish(stream, progress, bar=self.processes.first)
+        video = self.processes.once(lambda: made)
         assert video is not None, "a stream ends with its video"
         return video if self.processes.first else replace(video, saves=False)
 

@@ -45,6 +45,7 @@ from worldline.documents import read_json
 from worldline.errors import Error, GuardrailRefusal, InputError, NonFiniteError, one_line
 from worldline.family import FAMILIES
 from worldline.files import remove, remove_stale, temporary_name
+from worldline.fleet import needing_ray
 from worldline.fleet.queue import Outcome, Queue, Work
 from worldline.request import Options
 
@@ -132,12 +133,8 @@ def import_driver() -> Any:
     Raises:
         Error: Ray is not installed.
     """
-    try:
+    with needing_ray("fleet"):
         from worldline.fleet.driver import Driver
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise Error('fleet: Ray is not installed; `pip install "worldline[ray]"`') from None
     return Driver
 
 

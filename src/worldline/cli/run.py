@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import json
@@ -34,6 +33,7 @@ from worldline.errors import (
     InputError,
     NonFiniteError,
     counted,
+    is_disk_full,
     is_out_of_memory,
     one_line,
 )
@@ -627,9 +627,3 @@ def free_memory() -> None:
 
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is a full disk, which every further task would meet, too."""
-    numbers = {getattr(each, "errno", None) for each in (error, error.__cause__)}
-    return bool(numbers & {errno.ENOSPC, errno.EDQUOT})

@@ -11,9 +11,10 @@ import numbers
 import os
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +36,7 @@ from worldline.client.wire import (
 from worldline.errors import Error, InputError, UnknownOptionError, brief, did_you_mean, option
 from worldline.family import FAMILIES, requests_of
 from worldline.inputs import Form, Input, InputType, describe, joined, kind_of, read_clip
-from worldline.step import Bar, Step, Video
+from worldline.step import Progress, Step, Video, finish
 from worldline.video.read import Frames, read_image, read_video, to_rgb
 from worldline.video.write import write_video
 
@@ -109,22 +110,14 @@ class RemoteWorld:
         input: Input | None = None,
         *,
         input_type: InputType | None = None,
-        progress: bool | Callable[[Step], object] = False,
+        progress: Progress = False,
         **options: Any,
     ) -> Video:
         """Video of a prompt, or of what happens next in an image or a clip, as of `World.generate`.
 
         Ctrl-C, or an error of `progress`, cancels it on the server, too.
         """
-        if not isinstance(progress, bool) and not callable(progress):
-            raise InputError(f"progress is {progress!r:.80}; give True or a function of a Step")
-        report = Bar() if progress is True else progress
-        video: Video | None = None
-        with closing(self.stream(input, input_type=input_type, **options)) as steps:
-            for step in steps:
-                if callable(report):
-                    report(step)
-                video = step.video
+        video = finish(partial(self.stream, input, input_type=input_type, **options), progress)
         assert video is not None, "a stream ends with its video"
         return video
 

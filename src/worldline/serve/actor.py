@@ -21,11 +21,9 @@ from typing import Any
 
 from worldline.errors import Error, one_line
 from worldline.files import remove, remove_stale, temporary_name
-from worldline.serve.records import Task
+from worldline.serve.records import ENDS, Task
 
 logger = logging.getLogger(__name__)
-
-ENDS = ("done", "failed", "cancelled")  # events after which a task has ended
 
 
 class Process:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from worldline.errors import is_disk_full
+
+logger = logging.getLogger(__name__)
 
 _INVALID, _MISSING, _SERVER = "invalid_request_error", "not_found_error", "server_error"
 
@@ -32,6 +37,18 @@ CODES: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("loading", "shutting_down", "no_worker", "disk_full"), (503, _SERVER)),
     "timeout": (504, _SERVER),
 }
+
+
+# of a job whose error is no one's business but the log's
+NEUTRAL = "The server failed to make this video; its log has the reason."
+
+
+def unkept(error: Exception) -> tuple[str, str]:
+    """Code and message of a job whose files could not be written."""
+    if is_disk_full(error):
+        return "disk_full", "The disk of the server is full; the video was not kept."
+    logger.error("files cannot be written", exc_info=error)
+    return "internal_error", NEUTRAL
 
 
 class ApiError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import io
@@ -34,6 +33,7 @@ from worldline.errors import (
 from worldline.guards import check_frames
 from worldline.parallel.job import share
 from worldline.serve.checks import INPUT, LOSSLESS, refusal, scrub
+from worldline.serve.errors import NEUTRAL, unkept
 from worldline.serve.records import Task
 from worldline.step import Step, Video
 from worldline.video.read import Frames
@@ -48,10 +48,8 @@ VIDEO, THUMBNAIL, REPORT = "video.mp4", "thumbnail.jpg", "report.json"
 EXACT = "lossless.mkv"  # the same frames, bit for bit, where a client asked for them
 PREVIEW = 320  # pixels of the longer side of a thumbnail, and of the width of a preview
 _STEP_S, _PREVIEW_S = 0.1, 1.0  # least seconds between two events
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHARED = frozenset({"text", "encode", "tokens"})  # steps that the videos of a batch have together
 _COMMON = frozenset({"text", "encode", "tokens", "denoise"})  # steps that all processes have
-_NEUTRAL = "The server failed to make this video; its log has the reason."
 
 
 class DeviceLost(Exception):
@@ -113,7 +111,7 @@ class Maker:
                 logger.exception("a batch of %d failed", len(group))
                 exhausted = False
                 for task in self._unmade(group):
-                    self._fail(task, "internal_error", _NEUTRAL)
+                    self._fail(task, "internal_error", NEUTRAL)
             if exhausted:
                 self._free_memory()
                 rest = self._unmade(group)
@@ -219,7 +217,7 @@ class Maker:
                 raise
             return True
         for task in self._unmade(tasks):
-            self._fail(task, "internal_error", _NEUTRAL)
+            self._fail(task, "internal_error", NEUTRAL)
         return False
 
     def _unmade(self, tasks: Sequence[Task]) -> list[Task]:
@@ -260,7 +258,7 @@ class Maker:
         except Exception as error:
             logger.exception("a job cannot be prepared")
             memory = is_out_of_memory(error)
-            self._fail(task, "out_of_memory" if memory else "internal_error", _NEUTRAL)
+            self._fail(task, "out_of_memory" if memory else "internal_error", NEUTRAL)
         return None
 
     def _fail_by(self, task: Task, error: Error) -> None:
@@ -275,7 +273,7 @@ class Maker:
             code = "invalid_value"
         else:
             logger.error("a video failed: %s", error)
-            code, message = "internal_error", _NEUTRAL
+            code, message = "internal_error", NEUTRAL
         self._fail(task, code, message, param)
 
     def _report(self, tasks: Sequence[Task], step: Step) -> None:
@@ -304,13 +302,7 @@ class Maker:
                 Path(task.folder), video, lambda text: scrub(self.world, text, task.input), task
             )
         except Exception as error:
-            reason = error.__cause__ or error
-            if getattr(reason, "errno", None) in _FULL:
-                message = "The disk of the server is full; the video was not kept."
-                self._fail(task, "disk_full", message, batch=batch)
-            else:
-                logger.exception("files cannot be written")
-                self._fail(task, "internal_error", _NEUTRAL, batch=batch)
+            self._fail(task, *unkept(error), batch=batch)
             return
         run = report["run"]
         stages = {stage["name"]: stage["seconds"] for stage in run["stages"]}

@@ -8,15 +8,13 @@ API process. Ray repeats no call and restarts no actor: the queue decides what f
 from __future__ import annotations
 
 import asyncio
-import errno
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -26,11 +24,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from worldline.errors import one_line
 from worldline.files import replacing_all
 from worldline.fleet.driver import connect
-from worldline.serve.actor import ENDS, Process
-from worldline.serve.errors import ApiError
+from worldline.serve.actor import Process
+from worldline.serve.errors import unkept
 from worldline.serve.folder import synchronise
-from worldline.serve.media import probe
-from worldline.serve.records import Checked, Facts, MediaKind, Task, Worker, WorkerDied
+from worldline.serve.records import ENDS, Facts, Task, Worker, WorkerDied
+from worldline.serve.workers import Handle
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +36,11 @@ _BEAT_S = 2.0
 _LOOK_S = 30.0  # between lines about a worker that waits for room
 _STOP_S = 120.0  # for a step to end, at most
 _ARRIVE_S = 5.0  # for its files to arrive
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # calls wait for others of their group alone: a world answers while it makes videos
 _MAKE, _CONCURRENT = "make", 4
 
 
-class RayWorker:
+class RayWorker(Handle):
     """A world in an actor, see `records.Worker`; where it has several GPUs, in one actor each."""
 
     def __init__(
@@ -64,21 +61,13 @@ class RayWorker:
             gpus: that make a video together; 0 for none.
             place: name or path, as of `worldline.load`; by default that of the world.
         """
-        self.world, self.name = world, name
+        super().__init__(world, name)
         self.options = {**({} if gpus else {"device": "cpu"}), **options}
-        self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
-        self.facts: Facts | None = None
-        self.heartbeat = time.monotonic()
-        self.peak_bytes = 0
         self._gpus, self._place = gpus, place or world
         self._actors: list[Any] = []
         self._group: Any = None
-        self._numbers = itertools.count(1)
         self._running: set[int] = set()  # batches
-        self._unfreed = 0
         self._cancelled: set[str] = set()
-        self._reason = ""
-        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the actor, once a node has room, and wait until its world is loaded.
@@ -177,29 +166,13 @@ class RayWorker:
             remove_placement_group(self._group)
             self._group = None
 
-    async def check(
-        self, stated: Mapping[str, Any], input: str | None, kind: MediaKind | None
-    ) -> Checked:
-        """Check what a client stated, also while a job runs; the input is opened in a process.
-
-        Raises:
-            ApiError: invalid_value, unknown_parameter, unreadable_media….
-            WorkerDied: it ended meanwhile.
-        """
-        info = None
-        if input is not None and kind is not None:
-            info = await probe(input, kind)
-        if self.state not in ("ready", "busy"):
-            raise WorkerDied(self._reason or f"{self.name} is not loaded")
-        message = {"check": dict(stated), "call": 0, "input": input, "kind": kind, "info": info}
+    async def _ask(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            answer = await self._actors[0].check.remote(message)
+            answer: Mapping[str, Any] = await self._actors[0].check.remote(message)
         except RayError as error:
             self._bury(error)
             raise WorkerDied(self._reason) from None
-        if answer["event"] == "checked":
-            return Checked(**answer["checked"])
-        raise ApiError(answer["code"], answer["message"], answer.get("param"))
+        return answer
 
     def run(self, tasks: Sequence[Task]) -> AsyncIterator[dict[str, Any]]:
         """Make the videos of one batch, see `records.Worker`.
@@ -244,11 +217,6 @@ class RayWorker:
                 self._cancelled.discard(id)
         if missing:
             raise WorkerDied(self._reason or f"{self.name} was stopped")
-
-    def _free(self) -> None:
-        self._unfreed -= 1
-        if not self._unfreed and self.state == "busy":
-            self.state = "ready"
 
     def cancel(self, id: str) -> None:
         """Stop a task at its next step; its last event is cancelled, or done if it was quicker."""
@@ -300,13 +268,9 @@ def keep(folder: Path, files: Mapping[str, bytes], event: dict[str, Any]) -> dic
                 temporary.write_bytes(content)
         synchronise(folder)
     except OSError as error:
+        code, message = unkept(error)
         failed = {"event": "failed", "id": event["id"], "param": None}
-        if error.errno in _FULL:
-            message = "The disk of the server is full; the video was not kept."
-            return {**failed, "code": "disk_full", "message": message}
-        logger.exception("files cannot be written")
-        message = "The server failed to make this video; its log has the reason."
-        return {**failed, "code": "internal_error", "message": message}
+        return {**failed, "code": code, "message": message}
     return event
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 ENDED: frozenset[Status] = frozenset({"completed", "failed", "cancelled"})
+ENDS = ("done", "failed", "cancelled")  # events after which a task has ended
 MediaKind = Literal["image", "video"]
 
 

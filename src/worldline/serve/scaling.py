@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from worldline.errors import Error, InputError, option
+from worldline.errors import InputError, option
+from worldline.fleet import needing_ray
 from worldline.request import Options
 
 if TYPE_CHECKING:
@@ -78,12 +79,8 @@ def import_cluster() -> Any:
     Raises:
         Error: Ray is not installed.
     """
-    try:
+    with needing_ray("--workers ray"):
         from worldline.serve.ray_workers import Cluster
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise Error('--workers ray: Ray is not installed; `pip install "worldline[ray]"`') from None
     return Cluster
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from worldline.serve.errors import ApiError
 from worldline.serve.media import probe
-from worldline.serve.records import Checked, Facts, MediaKind, Task, WorkerDied
+from worldline.serve.records import ENDS, Checked, Facts, MediaKind, Task, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,57 @@ def _log(line: str) -> None:
     logger.info("%s", line)
 
 
-class LocalWorker:
+class Handle(ABC):
+    """What every worker has, wherever its process is, see `records.Worker`."""
+
+    def __init__(self, world: str, name: str) -> None:
+        self.world, self.name = world, name
+        self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
+        self.facts: Facts | None = None
+        self.heartbeat = time.monotonic()
+        self.peak_bytes = 0
+        self._numbers = itertools.count(1)
+        self._unfreed = 0  # batches after which no other may begin yet
+        self._reason = ""  # why it is dead
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @abstractmethod
+    async def _ask(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Answer of the process to a check.
+
+        Raises:
+            WorkerDied: it ended meanwhile.
+        """
+
+    async def check(
+        self, stated: Mapping[str, Any], input: str | None, kind: MediaKind | None
+    ) -> Checked:
+        """Check what a client stated, also while a job runs; the input is opened in a process.
+
+        Raises:
+            ApiError: invalid_value, unknown_parameter, unreadable_media….
+            WorkerDied: it ended meanwhile.
+        """
+        info = None
+        if input is not None and kind is not None:
+            info = await probe(input, kind)
+        if self.state not in ("ready", "busy"):
+            raise WorkerDied(self._reason or f"{self.name} is not loaded")
+        answer = await self._ask(
+            {"check": dict(stated), "call": 0, "input": input, "kind": kind, "info": info}
+        )
+        if answer["event"] == "checked":
+            return Checked(**answer["checked"])
+        raise ApiError(answer["code"], answer["message"], answer.get("param"))
+
+    def _free(self) -> None:
+        """Note that another batch may begin."""
+        self._unfreed -= 1
+        if not self._unfreed and self.state == "busy":
+            self.state = "ready"
+
+
+class LocalWorker(Handle):
     """A process that owns a world, see `records.Worker`.
 
     Attributes:
@@ -58,24 +109,16 @@ class LocalWorker:
             place: path of the world, where its name is another.
             log: gets each line that the process writes to standard error.
         """
-        self.world, self.name, self.options = world, name, dict(options)
-        self.place = place or world
-        self.state: Literal["loading", "ready", "busy", "dead"] = "loading"
-        self.facts: Facts | None = None
-        self.heartbeat = time.monotonic()
-        self.peak_bytes = 0
+        super().__init__(world, name)
+        self.options, self.place = dict(options), place or world
         self.pid: int | None = None
         self._devices, self._log = devices, log
-        self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._batches: dict[int, asyncio.Queue[dict[str, Any] | None]] = {}
         self._tail: list[str] = []
-        self._reason = ""
         self._ready: asyncio.Future[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._unfreed = 0
 
     async def start(self) -> None:
         """Start the process and wait until its world is loaded.
@@ -194,37 +237,18 @@ class LocalWorker:
                 call.set_result(message)
         else:
             if kind == "free":
-                self._unfreed -= 1
-                if not self._unfreed and self.state == "busy":
-                    self.state = "ready"
+                self._free()
             if (events := self._batches.get(batch or 0)) is not None:
                 events.put_nowait(message)
 
-    async def check(
-        self, stated: Mapping[str, Any], input: str | None, kind: MediaKind | None
-    ) -> Checked:
-        """Check what a client stated, also while a job runs; the input is opened in a process.
-
-        Raises:
-            ApiError: invalid_value, unknown_parameter, unreadable_media….
-            WorkerDied: it ended meanwhile.
-        """
-        info = None
-        if input is not None and kind is not None:
-            info = await probe(input, kind)
-        if self.state not in ("ready", "busy"):
-            raise WorkerDied(self._reason or f"{self.name} is not loaded")
+    async def _ask(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         number = next(self._numbers)
         self._calls[number] = asyncio.get_running_loop().create_future()
-        message = {"check": dict(stated), "call": number, "input": input, "kind": kind}
-        self._send({**message, "info": info})
+        self._send({**message, "call": number})
         try:
-            answer = await self._calls[number]
+            return await self._calls[number]
         finally:
             del self._calls[number]
-        if answer["event"] == "checked":
-            return Checked(**answer["checked"])
-        raise ApiError(answer["code"], answer["message"], answer.get("param"))
 
     def run(self, tasks: Sequence[Task]) -> AsyncIterator[dict[str, Any]]:
         """Make the videos of one batch, see `records.Worker`; it begins at once.
@@ -251,7 +275,7 @@ class LocalWorker:
                 if (event := await events.get()) is None:
                     raise WorkerDied(self._reason)
                 free = free or event["event"] == "free"
-                if event["event"] in ("done", "failed", "cancelled"):
+                if event["event"] in ENDS:
                     missing.discard(event["id"])
                 yield event
         finally:
