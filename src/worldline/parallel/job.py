@@ -359,7 +359,8 @@ def own_device(name: str | None, count: int = 0) -> str | None:
         count: processes that are to start on this machine; 0 asks for those of the job.
 
     Raises:
-        InputError: there are more processes than GPUs, or the device is a single one.
+        InputError: there are more processes than GPUs, or too many to start for the CPU, or the
+            device is a single one.
     """
     total = count or (1 if _alone else meet().count)
     if total == 1:
@@ -378,6 +379,8 @@ def own_device(name: str | None, count: int = 0) -> str | None:
             gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in gpus]
     visible = [gpus] * count or _every(_store, "gpus", gpus)
     if name == "cpu" or not (name or any(visible)):
+        if count > (most := max(8, os.cpu_count() or 1)):
+            raise InputError(f"{count} processes are too many for this CPU; give at most {most}")
         return "cpu"
     return f"cuda:{gpus.index(deal_gpus(visible)[_here.rank])}"
 

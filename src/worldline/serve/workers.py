@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -107,8 +108,9 @@ class Rank:
             self.writer.write(json.dumps(message).encode() + b"\n")
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self.process.kill()
+        if self.process.returncode is None:  # `Process.kill` may reap one that asyncio waits for
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
 
     async def reap(self, seconds: float) -> None:
         """Wait for the end of the process, and kill it if it does not end."""
