@@ -172,6 +172,7 @@ class LocalWorker(Handle):
         Raises:
             WorkerDied: it cannot load; the message holds the reason.
         """
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # of processes that have died
         self.state, self.heartbeat = "loading", time.monotonic()
         self._reason, self._unfreed, self._stopping = "", 0, False
         self.ranks, self._tasks = [], []
