@@ -127,6 +127,8 @@ class LocalWorker(Handle):
     The first alone is asked for anything, and the others follow it. All end with any of them.
 
     Attributes:
+        processes: number of them.
+        devices: GPUs that they see; None: all.
         ranks: the processes, in order; none before they start.
     """
 
@@ -155,7 +157,7 @@ class LocalWorker(Handle):
         super().__init__(world, name)
         self.options, self.place = dict(options), place or world
         self.ranks: list[Rank] = []
-        self._processes, self._devices, self._log = processes, devices, log
+        self.processes, self.devices, self._log = processes, devices, log
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._batches: dict[int, asyncio.Queue[dict[str, Any] | None]] = {}
         self._ready: asyncio.Future[None] | None = None
@@ -188,14 +190,14 @@ class LocalWorker(Handle):
             raise
 
     def _environments(self, listener: socket.socket) -> list[dict[str, str]]:
-        first, *others = environments(self._processes, listener.getsockname()[1])
+        first, *others = environments(self.processes, listener.getsockname()[1])
         if others:
             listener.listen()
             first[LISTENER] = str(listener.fileno())
         for environment in (first, *others):
             environment["PYTHONUNBUFFERED"] = "1"
-            if self._devices is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._devices))
+            if self.devices is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
             if others and sys.platform == "linux":  # no other machine is to reach them
                 environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return [first, *others]
