@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from worldline.serve.records import Task, WorkerDied
+from worldline.serve.worker import BEAT_S
 from worldline.serve.workers import LocalWorker
 from worldline.video.read import read_video
 from worldline.world import load
@@ -179,6 +180,10 @@ def test_one_that_is_killed_while_nothing_runs(tmp_path: Path) -> None:
         with pytest.raises(WorkerDied, match="rank 1"):
             await start
         await worker.start()
+        os.kill(pids_of(worker)[1], signal.SIGSTOP)  # the other lives, but the worker is silent
+        await asyncio.sleep(2 * BEAT_S)
+        assert time.monotonic() - worker.ranks[0].heartbeat < 2 * BEAT_S
+        assert time.monotonic() - worker.heartbeat > 1.5 * BEAT_S
         os.kill(pids_of(worker)[1], signal.SIGKILL)
         assert all(gone(pid, 5) for pid in pids_of(worker)[1:])
         for _ in range(500):

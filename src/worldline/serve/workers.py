@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 26  # bytes of a message
 _END_S = 5.0  # for a process to end once its socket is closed
 _STOP_S = 120.0  # for a step to end, at most
+_EVIDENCE_S = 0.1  # in which another that was killed becomes known
 _KEPT_LINES = 5  # of its log, for the reason of its end
 
 
@@ -204,11 +205,12 @@ class LocalWorker(Handle):
 
     async def _begin(self, environment: Mapping[str, str]) -> None:
         """Start the next process."""
+        label = f"rank {len(self.ranks)}: " if self.ranks else ""
         ours, theirs = socket.socketpair()
         try:
             # -P: a module of the working folder must not take the place of ours
             words = [sys.executable, "-P", "-m", "worldline.serve.worker", str(theirs.fileno())]
-            words.append(self.name)  # for whoever looks at the processes
+            words.append(f"{label}{self.name}")  # for whoever looks at the processes
             listener = [int(environment[LISTENER])] if LISTENER in environment else []
             process = await asyncio.create_subprocess_exec(
                 *words,
@@ -225,7 +227,6 @@ class LocalWorker(Handle):
         finally:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
-        label = f"rank {len(self.ranks)}: " if self.ranks else ""
         rank = Rank(label, process, writer, time.monotonic())
         self.ranks.append(rank)
         rank.send({"world": self.place, "options": self.options, "parent": os.getpid()})
@@ -253,13 +254,24 @@ class LocalWorker(Handle):
             first, self.state = self.state != "dead", "dead"
             rank.writer.close()
             await rank.reap(_END_S)
-            if rank.process.returncode or not self._stopping:
-                self._kill()  # the others wait for it
+            cause = await self._end_all(rank) if first else rank
             with suppress(TimeoutError):  # a child of it may hold its standard error
                 await asyncio.wait_for(asyncio.shield(logs), 1)
             logs.cancel()
             if first:
-                self._bury(rank)
+                self._bury(cause)
+
+    async def _end_all(self, rank: Rank) -> Rank:
+        """End the other processes, which wait for the first that has ended; that, or its cause."""
+        status, cause = rank.process.returncode or 0, rank
+        if status == 0 and self._stopping:
+            return rank  # they end, too
+        if status > 0 and len(self.ranks) > 1:  # perhaps it has lost one that was killed
+            await asyncio.sleep(_EVIDENCE_S)
+            killed = (each for each in self.ranks if (each.process.returncode or 0) < 0)
+            cause = next(killed, rank)
+        self._kill()
+        return cause
 
     def _kill(self) -> None:
         for rank in self.ranks:
