@@ -50,7 +50,7 @@ def use(test: Use, world: str = WORLD, **options: Any) -> list[str]:
         finally:
             await worker.stop(kill=True)
 
-    asyncio.run(asyncio.wait_for(run(), 100))
+    asyncio.run(asyncio.wait_for(run(), 200))
     assert len(worker.ranks) == 2
     assert not any(map(alive, pids_of(worker)))
     return log
