@@ -14,10 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from worldline.parallel.offload import Offloadable
+from worldline.parallel.offload import BlockPlan, Offloadable
 from worldline.step import Step
 from worldline.text.encoder import TextEncoder
 from worldline.world import World
+
+
+def streamed(module: nn.Module, plan: BlockPlan) -> Offloadable[Any]:
+    """A module whose blocks are copied one after another, from a CPU to itself."""
+    part = Offloadable(module, "cpu", offload=True, blocks=plan)
+    part.offload = True
+    return part
 
 
 def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -34,8 +41,15 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     there: list[str] = []
     visits: list[str] = []
 
-    def made(part: Offloadable[Any], module: nn.Module, device: Any, *, offload: bool) -> None:
-        make(part, module, device, offload=offload)
+    def made(
+        part: Offloadable[Any],
+        module: nn.Module,
+        device: Any,
+        *,
+        offload: bool,
+        blocks: BlockPlan | None = None,
+    ) -> None:
+        make(part, module, device, offload=offload, blocks=blocks)
         part.offload = offload
         if offload:
             home[id(part)] = [(weight, weight.data) for weight in module.parameters()]
