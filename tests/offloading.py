@@ -19,6 +19,8 @@ from worldline.step import Step
 from worldline.text.encoder import TextEncoder
 from worldline.world import World
 
+STREAMED = ("DiT", "FlowDiT", "T5Encoder", "Reason1Encoder")  # the others move whole
+
 
 def streamed(module: nn.Module, plan: BlockPlan) -> Offloadable[Any]:
     """A module whose blocks are copied one after another, from a CPU to itself."""
@@ -118,6 +120,8 @@ def check_offloading(
     assert video is not None
     reported = {flag.removeprefix("offload_"): flag in flags for flag in networks}
     assert video.report["offload"] == reported
+    streamed = [flag for flag in networks if flag in flags and networks[flag] in STREAMED]
+    assert video.report["streamed"] == [flag.removeprefix("offload_") for flag in streamed]
     for made in (frames_of, previews_of):
         assert np.array_equal(made(steps), made(resident))
     assert bool(len(previews_of(steps))) == bool(options.get("preview_every"))

@@ -27,7 +27,7 @@ from worldline.families.diffusion.model import DiT
 from worldline.family import Compute, Opened, load_family
 from worldline.locate import Place
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes
-from worldline.opening import choose_compute, fit_released, plan
+from worldline.opening import choose_compute, describe_plan, fit_released, plan
 from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.sampling.cache import StepCache
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
@@ -158,6 +158,19 @@ def test_two_blocks_are_there_at_a_time(name: str, stage: str, blocks: int, kept
     others = sum(w.nbytes for n, w in found.weights.items() if w.flag == weights.flag and n != used)
     share = (away - others) / weights.nbytes
     assert (1 - 2 / blocks) * (1 - kept) < share < 1 - 2 / blocks
+
+
+def test_a_plan_names_what_it_streams() -> None:
+    """Where there is a GPU, to which blocks can come."""
+    found, options = planned(DIFFUSION), {"offload_diffusion_transformer": True}
+    flags = ["offload_tokenizer", "offload_diffusion_transformer"]
+    streamed = [part.split(" GB")[1] for part in found.describe(flags).split(", ")]
+    assert streamed == ["", "", " (streamed)", ""]
+    opened = released(DIFFUSION)
+    opened = replace(opened, options=opened.family.options.parse(options))
+    [line] = describe_plan(opened, PLAIN, lambda compute: planned(DIFFUSION, compute))
+    assert found.describe(()) != found.describe(flags)
+    assert planned(DIFFUSION, PLAIN).describe() in line
 
 
 def test_only_what_is_called_block_by_block_is_streamed() -> None:

@@ -65,7 +65,7 @@ class Guards:
     def guardrail_bytes(self) -> int:
         """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
         parts = self.parts.get("guardrail_models", ())
-        return max((part.nbytes for part in parts if part.offload), default=0)
+        return max((part.visiting_nbytes for part in parts if part.offload), default=0)
 
     @property
     def resident_bytes(self) -> int:
@@ -87,6 +87,11 @@ class Guards:
     def offloaded(self) -> dict[str, bool]:
         """What runs around the model, and whether it waits in host memory."""
         return {name: any(part.offload for part in parts) for name, parts in self.parts.items()}
+
+    @property
+    def streamed(self) -> list[str]:
+        """What of it comes to the device block by block."""
+        return [name for name, parts in self.parts.items() if any(p.streamed for p in parts)]
 
 
 @dataclass

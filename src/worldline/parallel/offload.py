@@ -53,6 +53,12 @@ class Offloadable(Generic[ModuleType]):
         return sum(parameter.nbytes for parameter in self.module.parameters())
 
     @property
+    def visiting_nbytes(self) -> int:
+        """Bytes on the device at most while it is used."""
+        sizes = {name: parameter.nbytes for name, parameter in self.module.named_parameters()}
+        return self.blocks.count(sizes) if self.blocks and self.offload else sum(sizes.values())
+
+    @property
     def streamed(self) -> bool:
         """Whether blocks come to the device one after another."""
         return self.offload and self.blocks is not None
@@ -111,7 +117,7 @@ class BlockPlan:
         ]
 
     def count(self, sizes: Mapping[str, int]) -> int:
-        """Number of weights on the device at most, of the numbers by all names of a module.
+        """Number of weights, or of bytes, on the device at most, of those by all names of a module.
 
         A prefix may stand before names, as in files.
         """

@@ -275,6 +275,10 @@ class TextEncoder:
         stamps = [stamp(path) for path in files.files]
         self._key = json.dumps([stamps, str(dtype), files.max_length], sort_keys=True)
 
+    @property
+    def streamed(self) -> bool:
+        return self.offload
+
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The embedding (1, S, D) of each prompt, on the CPU.
 
