@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,6 +23,7 @@ from worldline.repositories import model_name
 from worldline.request import Request
 from worldline.step import Step
 from worldline.video.read import Clip, Frames
+from worldline.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from worldline.guardrails.base import Guardrails
@@ -63,7 +64,7 @@ class Guards:
 
     @property
     def guardrail_bytes(self) -> int:
-        """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
+        """Bytes that the largest offloaded guardrail has on the device when it is used."""
         parts = self.parts.get("guardrail_models", ())
         return max((part.visiting_nbytes for part in parts if part.offload), default=0)
 
@@ -286,25 +287,41 @@ def planned_weights(opened: Opened, requests: Sequence[Any]) -> dict[str, Weight
 
         files = sets.files(release, opened.place.roots, **_guardrail_options(opened))
         if sizes := _network_sizes(files):
-            largest = max(sizes)  # they come to the device one by one
-            weights["guardrail"] = Weights(sum(sizes), "offload_guardrail_models", largest)
+            # they come to the device one by one
+            largest = max(map(_streamed_bytes, sizes))
+            total = sum(sum(each.values()) for each in sizes)
+            weights["guardrail"] = Weights(total, "offload_guardrail_models", largest)
     if any(rewrites(opened, request) for request in requests):
         sizes = _network_sizes([*_upsampler_folder(opened)[0].iterdir()])
-        weights["upsample"] = Weights(sum(sizes), "offload_prompt_upsampler")
+        # whole: each of hundreds of tokens would take as long as a copy of all
+        total = sum(sum(each.values()) for each in sizes)
+        weights["upsample"] = Weights(total, "offload_prompt_upsampler")
     return weights
 
 
-def _network_sizes(files: Sequence[Path]) -> list[int]:
-    """Bytes of the weights in each folder, in one format; `original` holds others' again."""
+def _network_sizes(files: Sequence[Path]) -> list[dict[Path, int]]:
+    """Files of the weights in each folder and their bytes, in one format; `original` is a copy."""
     sizes = []
     for folder in {path.parent for path in files if path.parent.name != "original"}:
         inside = [path for path in files if path.parent == folder]
         formats = (
-            sum(path.stat().st_size for path in inside if path.suffix == suffix)
+            {path: path.stat().st_size for path in inside if path.suffix == suffix}
             for suffix in (".safetensors", ".bin", ".pt", ".pth")
         )
-        sizes.append(next(filter(None, formats), 0))
+        sizes.append(next(filter(None, formats), {}))
     return [*filter(None, sizes)]
+
+
+def _streamed_bytes(sizes: Mapping[Path, int]) -> int:
+    """Bytes on the device at most, of a guardrail that is streamed where it can be."""
+    from worldline.guardrails.language import BLOCKS
+
+    tensors: dict[str, int] = {}
+    for path, nbytes in sizes.items():
+        found = open_checkpoint(path).tensors if path.suffix == ".safetensors" else {}
+        named = {name: tensor.nbytes for name, tensor in found.items()}
+        tensors |= named or {str(path): nbytes}
+    return BLOCKS.count(tensors)
 
 
 def files_of(opened: Opened, request: Any) -> list[Path]:
