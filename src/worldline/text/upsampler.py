@@ -52,6 +52,9 @@ STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))
 class Upsampler:
     """A language model that makes long prompts of short ones (Text2World), or of pictures.
 
+    Offloaded, it moves whole: streamed, each of the hundreds of tokens that it writes would take
+    the time of a copy of all, half a second.
+
     Attributes:
         name: of its folder.
         part: a causal language model of transformers.
