@@ -81,7 +81,6 @@ class Offloadable(Generic[ModuleType]):
     def _streaming(
         self, plan: "BlockPlan", blocks: list[dict[str, nn.Parameter]]
     ) -> Iterator[None]:
-        # a frame of its own: its slots are freed before the cache is emptied
         stream = _BlockStream(blocks, self.device, early=self.pinned)
         with stream.hooks(self.module.get_submodule(plan.blocks).children()):
             yield
@@ -278,6 +277,9 @@ class _BlockStream:
         finally:
             for slot in range(_SLOTS):
                 self.leave(slot)
+            if self.gpu:  # what has their memory next waits for a block that still arrives
+                self.gpu.current_stream(self.device).wait_stream(self.copying)
+            self.slots.clear()
 
     def leave(self, slot: int) -> None:
         """Send a slot's block home; what is copied into the slot next waits for its work."""
