@@ -228,7 +228,7 @@ def compare(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
     del forward
     started = time.perf_counter()
     part = send_home(module, device, case.blocks)
-    pinning = time.perf_counter() - started
+    sending = time.perf_counter() - started
     start_again(device)
     started = time.perf_counter()
     with part.on_device() as there:
@@ -240,7 +240,7 @@ def compare(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
         "weights_gb": round(part.nbytes / GIGABYTE, 2),
         "weights_on_the_device_gb": round(part.visiting_nbytes / GIGABYTE, 2),
         "pinned": part.pinned,
-        "seconds_to_pin_and_write": round(pinning, 2),
+        "seconds_to_pin_and_write": round(sending, 2),
         "seconds_to_the_first_forward": round(entering, 3),
         "resident": resident,
         "streamed": streamed,
