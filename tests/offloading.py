@@ -49,9 +49,9 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         device: Any,
         *,
         offload: bool,
-        blocks: BlockPlan | None = None,
+        **options: Any,
     ) -> None:
-        make(part, module, device, offload=offload, blocks=blocks)
+        make(part, module, device, offload=offload, **options)
         part.offload = offload
         if offload:
             home[id(part)] = [(weight, weight.data) for weight in module.parameters()]

@@ -17,7 +17,7 @@ from worldline.errors import CheckpointError, InsufficientMemoryError, option
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
 from worldline.memory import Weights
-from worldline.parallel.offload import Offloadable
+from worldline.parallel.offload import BlockPlan, Offloadable
 from worldline.report import Recorder
 from worldline.repositories import model_name
 from worldline.request import Request
@@ -293,9 +293,9 @@ def planned_weights(opened: Opened, requests: Sequence[Any]) -> dict[str, Weight
             weights["guardrail"] = Weights(total, "offload_guardrail_models", largest)
     if any(rewrites(opened, request) for request in requests):
         sizes = _network_sizes([*_upsampler_folder(opened)[0].iterdir()])
-        # whole: each of hundreds of tokens would take as long as a copy of all
         total = sum(sum(each.values()) for each in sizes)
-        weights["upsample"] = Weights(total, "offload_prompt_upsampler")
+        streamed = sum(map(_streamed_bytes, sizes))
+        weights["upsample"] = Weights(total, "offload_prompt_upsampler", streamed)
     return weights
 
 
@@ -313,15 +313,16 @@ def _network_sizes(files: Sequence[Path]) -> list[dict[Path, int]]:
 
 
 def _streamed_bytes(sizes: Mapping[Path, int]) -> int:
-    """Bytes on the device at most, of a guardrail that is streamed where it can be."""
-    from worldline.guardrails.language import BLOCKS
-
+    """Bytes on the device at most, of a network that is streamed if it is a language model."""
     tensors: dict[str, int] = {}
-    for path, nbytes in sizes.items():
-        found = open_checkpoint(path).tensors if path.suffix == ".safetensors" else {}
-        named = {name: tensor.nbytes for name, tensor in found.items()}
-        tensors |= named or {str(path): nbytes}
-    return BLOCKS.count(tensors)
+    for path in sizes:
+        if path.suffix not in (".safetensors", ".pt"):
+            return sum(sizes.values())
+        for name, tensor in open_checkpoint(path).tensors.items():
+            # names differ by release, but for those of vision towers
+            inner = name.replace("language_model.", "").removeprefix("model.")
+            tensors[f"model.{inner}"] = tensor.nbytes
+    return BlockPlan("model.layers").count(tensors)
 
 
 def files_of(opened: Opened, request: Any) -> list[Path]:

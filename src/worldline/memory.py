@@ -49,8 +49,8 @@ class Weights:
 
     Attributes:
         flag: offload flag that keeps them in host memory while they are not used.
-        streamed: bytes on the device while they are used and offloaded block by block; None where
-            offloading moves them whole.
+        streamed: bytes on the device while they are used and offloaded block by block, if only
+            where there is no room for all; None where offloading always moves them whole.
     """
 
     nbytes: int

@@ -119,7 +119,7 @@ def test_streamed(tmp_path: Path) -> None:
     assert part.visiting_nbytes == whole - layer
     [path] = (tmp_path / LLAMA_GUARD_3.released).glob("*.safetensors")
     assert _streamed_bytes({path: path.stat().st_size}) == 2 * part.visiting_nbytes
-    assert _streamed_bytes({tmp_path / "classifier.pt": 7}) == 7
+    assert _streamed_bytes({tmp_path / "faces.pth": 7}) == 7
     for _ in range(2):
         assert chain.check_prompt("pet the kitten")[0]["verdict"] == "safe"
         with pytest.raises(GuardrailRefusal, match="Violent Crimes, Indiscriminate Weapons"):

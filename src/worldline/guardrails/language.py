@@ -6,7 +6,7 @@ settings, would make a refusal a matter of luck.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,8 +77,6 @@ _LLAMA_GUARD_3 = {
     "S13": "Elections",
     "s14": "Code Interpreter Abuse",  # lower case, as upstream
 }
-
-BLOCKS = BlockPlan("model.layers")  # of every model here, and of no other guardrail
 
 # what an answer begins with that the released code lets through
 _NOT_UNSAFE = r"(?is)(?!.*unsafe)"
@@ -174,7 +172,7 @@ class LanguageGuard:
         max_length: largest number of tokens in a question; longer ones are refused.
     """
 
-    blocks = replace(BLOCKS, blocks=f"0.{BLOCKS.blocks}")  # of its only network
+    blocks = BlockPlan("0.model.layers")  # of the only network
 
     def __init__(
         self, model: GuardModel, places: Sequence[Path], device: torch.device | str = "cpu"

@@ -18,6 +18,7 @@ from worldline.parallel.pinned import pin
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _SLOTS = 2  # the block that computes, and the one that arrives
+_BESIDE = 3_000_000_000  # bytes beside a language model that writes: its tokens, libraries
 
 
 class Offloadable(Generic[ModuleType]):
@@ -30,6 +31,9 @@ class Offloadable(Generic[ModuleType]):
     With a plan of its blocks an offloaded module is streamed: two blocks are on the device, and
     what belongs to none. Their home is pinned, so that the copy of a block runs beside the work of
     the one before: it costs no time where a block computes for longer than it travels.
+
+    Attributes:
+        whole: it moves whole, when it was last used or for want of a plan.
     """
 
     def __init__(
@@ -39,8 +43,11 @@ class Offloadable(Generic[ModuleType]):
         *,
         offload: bool,
         blocks: "BlockPlan | None" = None,
+        prefer_whole: bool = False,
     ) -> None:
-        self.module, self.blocks = module, blocks
+        """`prefer_whole` streams only where the device has no room for all."""
+        self.module, self.blocks, self.prefer_whole = module, blocks, prefer_whole
+        self.whole = prefer_whole or blocks is None
         self.device = torch.device(device)
         self.offload = offload and self.device.type != "cpu"
         self.pinned = False
@@ -56,18 +63,20 @@ class Offloadable(Generic[ModuleType]):
     def visiting_nbytes(self) -> int:
         """Bytes on the device at most while it is used."""
         sizes = {name: parameter.nbytes for name, parameter in self.module.named_parameters()}
-        return self.blocks.count(sizes) if self.blocks and self.offload else sum(sizes.values())
+        return self.blocks.count(sizes) if self.blocks and self.streamed else sum(sizes.values())
 
     @property
     def streamed(self) -> bool:
         """Whether blocks come to the device one after another."""
-        return self.offload and self.blocks is not None
+        return self.offload and not self.whole
 
     @contextmanager
     def on_device(self) -> Iterator[ModuleType]:
         """The module with its weights on the device; a streamed one can be called, not changed."""
         tensors = [*self.module.parameters(), *self.module.buffers()] if self.offload else []
-        plan = self.blocks if self.offload else None
+        if self.offload and self.prefer_whole:
+            self.whole = self._has_room()
+        plan = self.blocks if self.streamed else None
         blocks = plan.split(self.module) if plan else []
         coming = {id(parameter) for block in blocks for parameter in block.values()}
         streaming = self._streaming(plan, blocks) if plan else nullcontext()
@@ -76,6 +85,13 @@ class Offloadable(Generic[ModuleType]):
                 if id(tensor) not in coming:
                     tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield self.module
+
+    def _has_room(self) -> bool:
+        """Whether the device has room for all weights at once."""
+        if self.device.type != "cuda":
+            return True
+        torch.cuda.empty_cache()
+        return self.nbytes + _BESIDE <= torch.cuda.mem_get_info(self.device)[0]
 
     @contextmanager
     def _streaming(
