@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worldline.serve.urls import fetch_url
 
 from worldline.serve.errors import ApiError
-from worldline.serve.urls import fetch_url
 
 HOST, OTHER, ADDRESS = "clips.example", "other.example", "93.184.216.34"
 BODY = bytes(range(256)) * 300
@@ -101,5 +101,6 @@ def test_hosts_that_are_not_proven(
     with pytest.raises(ApiError) as refusal:
         fetch(host, port, tmp_path / "a", authority if trusted else None)
     assert refusal.value.code == "url_refused"
-    assert host in str(refusal.value) and "certificate" in str(refusal.value)
+    assert host in str(refusal.value)
+    assert "certificate" in str(refusal.value)
     assert not (tmp_path / "a").exists()
