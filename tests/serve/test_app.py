@@ -557,6 +557,9 @@ FORMS: dict[str, Callable[[], bytes]] = {
     "seed of words": lambda: form(("seed", b"seven")),
     "boolean seed": lambda: form(("seed", b"true")),
     "list seed": lambda: form(("seed[]", b"1")),
+    "half a character in metadata": lambda: form(("metadata", b'{"a": "\\ud800"}')),
+    "half a character in a text": lambda: form(("extra_params", b'{"prompt": "\\ud800"}')),
+    "NUL in a text": lambda: form(("extra_params", b'{"prompt": "a\\u0000b"}')),
     "url": lambda: form(("input_reference[image_url]", b"https://example.org/a.png")),
     "path": lambda: form(("input_reference", b"/etc/passwd")),
 }
@@ -592,6 +595,14 @@ def test_wrong_bodies(server: Running) -> None:
     for body in BODIES:
         if body != b"{}":
             refused(server, server.ask("POST", "/v1/videos", body, headers))
+
+
+def test_a_body_of_many_values(server: Running) -> None:
+    """It is refused by its text: its values would take a hundred times its bytes."""
+    body = b'{"metadata": [' + b"0," * 900_000 + b"0]}"
+    answer = server.ask("POST", "/v1/videos", body, {"Content-Type": "application/json"})
+    assert (answer.status, answer.code) == (400, "invalid_json")
+    assert "100,000" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -21,7 +21,7 @@ from starlette.requests import Request
 
 from worldline.errors import brief, counted
 from worldline.serve.errors import ApiError
-from worldline.serve.settings import MAX_DEPTH, MAX_FIELDS, MAX_FILES, AppSettings
+from worldline.serve.settings import MAX_COMMAS, MAX_DEPTH, MAX_FIELDS, MAX_FILES, AppSettings
 
 _HEAD = 4096  # first bytes of a file, by which its kind is known
 _MEGABYTE = 1_000_000
@@ -76,7 +76,6 @@ async def read_body(request: Request, settings: AppSettings, incoming: Callable[
         if not isinstance(values, dict):
             raise ApiError("invalid_json", f"the body is {_called(values)}; give an object")
         _check_count(len(values))
-        _check_values(values)
         return Body(values)
     form = _Form(settings, incoming)
     try:
@@ -137,11 +136,17 @@ def parse_json(data: bytes | str) -> Any:
     """A JSON value without NaN, names that are there twice, and deep nesting.
 
     Raises:
-        ApiError: invalid_json.
+        ApiError: invalid_json; invalid_value where an object holds what no field may hold.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if text.count(",") > MAX_COMMAS:  # millions of values would take gigabytes and seconds
+            message = f"more than {MAX_COMMAS:,} commas; send files in a form"
+            raise ApiError("invalid_json", message)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if isinstance(value, dict):
+            _check_values(value)
+        return value
     except RecursionError:
         raise _too_deep() from None
     except UnicodeDecodeError as error:
