@@ -126,13 +126,14 @@ class Intake:
         if earlier := self.store.find(owner, key, digest):
             return earlier
         fields = {n: v for n, v in parent.request.items() if v is not None}
-        if "prompt" not in self.facts(parent.model).fields:
-            message = f"prompt: {parent.model} takes none; it cannot be remixed"
+        model = choose_model(parent.model, self.queue.worlds)
+        if "prompt" not in self.facts(model).fields:
+            message = f"prompt: {model} takes none; it cannot be remixed"
             raise ApiError("unknown_parameter", message, "prompt")
         reference = {"input_of": parent.id} if parent.input_kind else None
         source = await self.take(reference, owner)
         try:
-            job = await self._checked(parent.model, {**fields, "prompt": prompt}, source)
+            job = await self._checked(model, {**fields, "prompt": prompt}, source)
             job = replace(
                 job,
                 owner=owner,
