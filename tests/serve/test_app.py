@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -93,8 +94,6 @@ def test_json_and_forms_make_equal_jobs(server: Running) -> None:
 
 
 def test_an_input_as_file_data_url_and_id(server: Running) -> None:
-    import base64
-
     url = f"data:text/plain;base64,{base64.b64encode(PNG.getvalue()).decode()}"
     parts = ("input_reference", PNG.getvalue(), "../../x.mp4"), ("prompt", b"a ball")
     first = server.ask("POST", "/v1/videos", form(*parts), MULTIPART).json()
@@ -192,6 +191,39 @@ def test_remix(server: Running) -> None:
     assert server.ask("POST", path, {"prompt": 3}).code == "invalid_value"
     assert server.ask("POST", path, {}).code == "missing_parameter"
     assert server.ask("POST", path, {"prompt": "a", "seed": 1}).code == "unknown_parameter"
+
+
+def test_a_video_of_a_world_that_is_not_served(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        id = create(server)["id"]
+        server.wait(id)
+
+    def make(world: str, name: str) -> FakeWorker:
+        return FakeWorker(world, name)
+
+    with running(tmp_path / "data", {"other": [make("other", "other/0")]}, make) as server:
+        assert server.ask("GET", f"/v1/videos/{id}").json()["model"] == "fake"
+        for path, fields in (
+            (f"/v1/videos/{id}/remix", {}),
+            ("/v1/videos/extensions", {"video": {"id": id}}),
+        ):
+            answer = server.ask("POST", path, {"prompt": "a cube", **fields})
+            assert (answer.status, answer.code) == (404, "model_not_found"), path
+
+
+@pytest.mark.parametrize("route", ["/v1/videos/extensions", "/v1/infer"])
+def test_two_inputs_of_two_names(server: Running, route: str) -> None:
+    """Neither takes the place of the other, and neither stays in incoming/."""
+    picture = PNG.getvalue()
+    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}".encode()
+    file, text = ("input_reference", picture, "a.png"), ("input_reference", url)
+    for other in (file, text):
+        for video in (("video", picture, "b.png"), ("video", url)):
+            answer = server.ask("POST", route, form(other, video, ("prompt", b"a")), MULTIPART)
+            assert answer.code == "conflicting_parameters"
+            assert server.incoming() == []
+        alone = server.ask("POST", route, form(("video", *other[1:]), ("prompt", b"a")), MULTIPART)
+        assert alone.status == 200, alone.content
 
 
 def test_routes_that_are_not_there(server: Running) -> None:
@@ -531,6 +563,7 @@ FORMS: dict[str, Callable[[], bytes]] = {
     },  # type: ignore[misc]
     "wrong field": lambda: form(("video", PNG.getvalue(), "a.png")),
     "two files": lambda: form(*2 * [("input_reference", PNG.getvalue(), "a.png")]),
+    "three files without content": lambda: form(*3 * [("input_reference", b"", "")]),
     "three files": lambda: form(*(("f" + str(n), b"x", "a.png") for n in range(3))),
     "seed a file": lambda: form(("seed", b"3", "a.txt")),
     "file and text": lambda: form(

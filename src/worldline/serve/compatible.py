@@ -16,7 +16,7 @@ from worldline.errors import brief
 from worldline.serve.answers import Json
 from worldline.serve.content import first_frame
 from worldline.serve.errors import ApiError
-from worldline.serve.forms import Body, FormText
+from worldline.serve.forms import Body
 from worldline.serve.routes import Videos
 from worldline.serve.schema import OWN, convert, flattened
 
@@ -134,16 +134,11 @@ def _unfold(values: dict[str, Any]) -> None:
 def _take_media(body: Body) -> None:
     """Make `image` or `video`, a file, a data URL or base64, the input."""
     for name in ("image", "video"):
-        if name in body.uploads:
-            body.uploads.setdefault("input_reference", body.uploads.pop(name))
-        value = body.values.pop(name, None)
+        value = body.values.get(name)
         if value is None:
-            continue
-        if not isinstance(value, str):
+            body.values.pop(name, None)
+        elif not isinstance(value, str):
             raise ApiError("invalid_value", f"{name} is {brief(value)}; give base64", name)
-        if "input_reference" in body.values:
-            message = f"{name} and input_reference are two inputs; give one"
-            raise ApiError("conflicting_parameters", message, name)
-        if value[:5].lower() != "data:" and "://" not in value[:9]:
-            value = f"data:application/octet-stream;base64,{value}"
-        body.values["input_reference"] = FormText(value)
+        elif value[:5].lower() != "data:" and "://" not in value[:9]:
+            body.values[name] = f"data:application/octet-stream;base64,{value}"
+        body.rename(name, "input_reference")

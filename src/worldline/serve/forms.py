@@ -54,6 +54,20 @@ class Body:
     values: dict[str, Any] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a field or a file another name, which no other may have.
+
+        Raises:
+            ApiError: conflicting_parameters.
+        """
+        places: tuple[dict[str, Any], dict[str, Any]] = self.values, self.uploads
+        if sum(name in place for name in (old, new) for place in places) > 1:
+            message = f"{old} and {new} are there twice, or both; give one"
+            raise ApiError("conflicting_parameters", message, old)
+        for place in places:
+            if old in place:
+                place[new] = place.pop(old)
+
     def discard(self) -> None:
         """Remove files that no job has taken."""
         for upload in self.uploads.values():
@@ -232,6 +246,7 @@ class _Form:
         self.limit, self.incoming = settings.max_field_mb * _MEGABYTE, incoming
         self.texts: list[tuple[str, FormText]] = []
         self.uploads: dict[str, Upload] = {}
+        self.num_files = 0
         self.ended = False
         self.size = 0
         self.headers: dict[str, bytes] = {}
@@ -279,7 +294,8 @@ class _Form:
         if b"filename" not in options:
             _check_count(len(self.texts) + 1)
             return
-        if len(self.uploads) >= MAX_FILES:
+        self.num_files += 1
+        if self.num_files > MAX_FILES:  # also of those in which nothing was chosen
             raise ApiError("invalid_value", f"more than {MAX_FILES} files; give one", self.name)
         if self.name in self.uploads:
             message = f"{brief(self.name)} is there twice; give one file"

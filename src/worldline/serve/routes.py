@@ -157,21 +157,16 @@ class Videos:
         try:
             base: dict[str, Any] = {}
             values, parent = body.values, None
-            if "video" in body.uploads:
-                if "video" in values:
-                    message = "video is a file and a text; give one"
-                    raise ApiError("conflicting_parameters", message, "video")
-                body.uploads["input_reference"] = body.uploads.pop("video")
-            elif (video := values.pop("video", None)) is None:
+            video = values.get("video")
+            if video is None and "video" not in body.uploads:
                 raise ApiError("missing_parameter", "video is missing; give a file or id", "video")
-            else:
-                values["input_reference"] = video
-                if isinstance(video, dict) and "id" in video:
-                    job = find_job(self.store, video["id"], owner_of(request), "video.id")
-                    parent = job.id
-                    values.setdefault("model", job.model)
-                    if values["model"] == job.model:
-                        base = _continued(job, values)
+            body.rename("video", "input_reference")
+            if isinstance(video, dict) and "id" in video:
+                job = find_job(self.store, video["id"], owner_of(request), "video.id")
+                parent = job.id
+                values.setdefault("model", job.model)
+                if values["model"] == job.model:
+                    base = _continued(job, values)
             choose_model(values.get("model"), self.queue.worlds)
             job = await self.intake.make(request, body, parent=parent, base=base)
         finally:
