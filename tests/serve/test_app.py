@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
+import os
 import socket
 import sys
 import time
@@ -495,6 +497,34 @@ def test_unexpected_errors(server: Running, monkeypatch: pytest.MonkeyPatch) -> 
     assert answer.headers["x-should-retry"] == "false"
     assert b"secret" not in answer.content
     assert server.incoming() == []
+
+
+def test_an_input_for_which_the_disk_has_no_room(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = server.ask(
+        "POST",
+        "/v1/videos",
+        form(("input_reference", PNG.getvalue(), "a.png"), ("prompt", b"a")),
+        MULTIPART,
+    ).json()
+
+    def fail(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copy(source: Path, path: Path) -> None:
+        fail(path, source.read_bytes())
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr("worldline.serve.intake._link", copy)
+    url = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
+    for reference in (url, {"input_of": first["id"]}):
+        body = {"prompt": "a ball", "input_reference": reference}
+        answer = server.ask("POST", "/v1/videos", body)
+        assert (answer.status, answer.code) == (503, "disk_full")
+        assert server.incoming() == []
 
 
 # what no client should send

@@ -179,6 +179,43 @@ def test_one_of_many_threads_adds_a_key(store: Store) -> None:
     assert not [*(store.path / "incoming").iterdir()]
 
 
+def test_names_and_counts_wait_for_no_write(store: Store) -> None:
+    """The event loop asks for them while another thread waits for the disk."""
+    names: list[Path] = []
+    asker = threading.Thread(target=lambda: names.append(store.incoming()))
+    with store._writing:
+        asker.start()
+        asker.join(5)
+        assert names
+        assert store.counts() == {}
+    assert store.incoming() not in names
+
+
+def test_counts_while_worlds_are_added(store: Store) -> None:
+    problems: list[Exception] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            try:
+                store.counts()
+            except RuntimeError as error:
+                problems.append(error)
+
+    asker = threading.Thread(target=ask)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asker.start()
+        for number in range(100):
+            store.add(job(model=f"w{number}"), None)
+    finally:
+        sys.setswitchinterval(usual)
+        ended.set()
+        asker.join()
+    assert not problems
+
+
 def test_progress_is_in_memory_until_it_is_written(store: Store) -> None:
     one = store.add(job(), None)
     store.note(one.id, progress=40, step_kind="denoise")

@@ -20,7 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from worldline.errors import brief, counted
-from worldline.serve.errors import ApiError
+from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.settings import MAX_COMMAS, MAX_DEPTH, MAX_FIELDS, MAX_FILES, AppSettings
 
 _HEAD = 4096  # first bytes of a file, by which its kind is known
@@ -357,7 +357,7 @@ async def _read_form(request: Request, settings: AppSettings, boundary: bytes, f
     except (FormParserError, AssertionError):  # its messages quote bytes
         raise ApiError("invalid_value", "the form is damaged; send it again", "body") from None
     except OSError as error:
-        raise ApiError("disk_full", "the upload cannot be kept; try later") from error
+        raise unwritable(error) from error
     if not form.ended:
         raise ApiError("invalid_value", "the form is cut short; send all of it", "body")
 

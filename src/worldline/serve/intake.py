@@ -10,7 +10,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from starlette.requests import Request
 
 from worldline.errors import brief
 from worldline.serve import media
-from worldline.serve.errors import ApiError
+from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.forms import Body, FormText, Upload, parse_json, read_body
 from worldline.serve.jobs import Queue
 from worldline.serve.records import Facts, Job, MediaKind, new_id
@@ -225,7 +226,8 @@ class Intake:
             except ApiError as error:
                 raise _renamed(error, param) from None
             path = self.store.incoming()
-            await asyncio.to_thread(path.write_bytes, data)
+            with _whole(path):
+                await asyncio.to_thread(path.write_bytes, data)
             return path, data[:4096], hashlib.sha256(data).hexdigest()
         if not self.settings.allow_url_inputs:
             message = f"{param}: this server fetches no URLs; send the file or a data URL"
@@ -235,7 +237,8 @@ class Intake:
         allowed = [] if "*" in hosts else hosts
         path = self.store.incoming()
         try:
-            await asyncio.to_thread(media.fetch_url, str(url), allowed, path, limit=limit)
+            with _whole(path):
+                await asyncio.to_thread(media.fetch_url, str(url), allowed, path, limit=limit)
         except ApiError as error:
             raise _renamed(error, param) from None
         return path, *await asyncio.to_thread(_head_and_hash, path)
@@ -256,11 +259,28 @@ class Intake:
                 raise ApiError("not_ready", f"{job.id} is {job.status}; wait for its end", param)
             source = self.store.folder(job.id) / "video.mp4"
         path = self.store.incoming()
-        try:
-            await asyncio.to_thread(_link, source, path)
-        except FileNotFoundError:
-            raise ApiError("video_not_found", f"there is no file of {job.id}", param) from None
+        with _whole(path):
+            try:
+                await asyncio.to_thread(_link, source, path)
+            except FileNotFoundError:
+                raise ApiError("video_not_found", f"there is no file of {job.id}", param) from None
         return path, *await asyncio.to_thread(_head_and_hash, path)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Remove a file that is not written to its end.
+
+    Raises:
+        ApiError: disk_full, internal_error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(error) from error
+        raise
 
 
 def _renamed(error: BaseException, param: str) -> BaseException:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
+from worldline.errors import InputError, is_disk_full, printable
 from worldline.serve.errors import ApiError
 from worldline.serve.records import MediaKind
 
@@ -148,7 +149,6 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
     """Measurements of a file, or {"error"}; in the child."""
     from PIL import Image
 
-    from worldline.errors import InputError, printable
     from worldline.video.read import probe as read_measurements
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
@@ -303,8 +303,6 @@ def fetch_url(
 
 
 def _refused(problem: str, advice: str = "give another URL, or send the file") -> ApiError:
-    from worldline.errors import printable
-
     return ApiError("url_refused", printable(f"{PARAM}: {problem}; {advice}", 400), PARAM)
 
 
@@ -387,6 +385,8 @@ def _get(
     except ssl.SSLCertVerificationError as error:
         raise _refused(f"the certificate of {name} is not valid: {error.verify_message}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if is_disk_full(error):
+            raise
         reason = getattr(error, "strerror", None) or type(error).__name__
         if late.is_set() or isinstance(error, TimeoutError):
             reason = f"no end within {_FETCH_S:.0f} seconds"

@@ -10,7 +10,7 @@ An answer or an event follows what it is about onto the disk: file (fsync, renam
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
 import json
 import logging
 import os
@@ -25,7 +25,7 @@ from typing import Any
 
 from worldline.errors import InputError, strerror
 from worldline.files import digest, remove
-from worldline.serve.errors import ApiError
+from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.folder import check_local, locked, synchronise
 from worldline.serve.records import ENDED, Job, Task
 
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of the table
 RESULTS = ("video.mp4", "thumbnail.jpg", "report.json")
 KEY_SECONDS = 24 * 3600.0  # for which an idempotency key names its job
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _JSON = ("request", "shape", "result", "metadata")
 _COLUMNS = tuple(field.name for field in fields(Job))
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM jobs"
@@ -86,7 +85,7 @@ class Store:
             raise InputError(f"{self.path}: it cannot be written: {strerror(error)}") from error
         self._writing, self._reading = threading.RLock(), threading.RLock()
         self._memory = threading.Lock()  # of the copies; never held while the disk is waited for
-        self._names = 0
+        self._numbers = itertools.count(1)
         self._live: dict[str, Job] = {}
         self._dirty: set[str] = set()
         self.used_bytes = 0
@@ -181,7 +180,8 @@ class Store:
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Number of jobs by model and status."""
-        return dict(+self._counts)
+        with self._memory:
+            return dict(+self._counts)
 
     def select(self, where: str, *values: Any) -> list[Job]:
         """Jobs as they are on the disk, by a condition of SQL."""
@@ -197,10 +197,8 @@ class Store:
     # files
 
     def incoming(self) -> Path:
-        """A fresh name for an upload."""
-        with self._writing:
-            self._names += 1
-            return self.path / "incoming" / f"{os.getpid()}-{self._names}"
+        """A fresh name for an upload; never waits."""
+        return self.path / "incoming" / f"{os.getpid()}-{next(self._numbers)}"
 
     def input_path(self, job: Job) -> Path | None:
         if job.input_kind is None:
@@ -222,7 +220,7 @@ class Store:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise _disk_full(error) from error
+            raise unwritable(error) from error
         path = self.input_path(job)
         return Task(id, job.request, str(path) if path else None, job.input_kind, str(folder))
 
@@ -239,7 +237,7 @@ class Store:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise _disk_full(error) from error
+            raise unwritable(error) from error
         return True
 
     def report(self, job: Job) -> Mapping[str, Any] | None:
@@ -298,7 +296,7 @@ class Store:
             if target:
                 remove(target)
             if isinstance(error, OSError):
-                raise _disk_full(error) from error
+                raise unwritable(error) from error
             raise
         finally:
             if input:
@@ -444,7 +442,7 @@ class Store:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 if isinstance(error, sqlite3.OperationalError):
-                    raise _disk_full(error) from error
+                    raise unwritable(error) from error
                 raise
 
     def _commit(self) -> None:
@@ -470,16 +468,6 @@ def _job(row: Sequence[Any]) -> Job:
         if values[column] is not None:
             values[column] = json.loads(values[column])
     return Job(**values)
-
-
-def _disk_full(error: OSError | sqlite3.Error) -> ApiError:
-    """What a failed write is for a client; the log has the reason."""
-    logger.error("store: a write failed: %s", strerror(error))
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    full = getattr(error, "errno", None) in _FULL or code == sqlite3.SQLITE_FULL
-    if full:
-        return ApiError("disk_full", "The server's disk is full; try later.", retry_after=60)
-    return ApiError("internal_error", "The server cannot write to its disk.")
 
 
 def _make_folder(folder: Path) -> None:
