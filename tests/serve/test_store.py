@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_a_job_comes_back_as_it_was(tmp_path: Path) -> None:
     assert path.name == f"{whole.id}.mp4"
     assert path.read_bytes() == b"data"
     store.close()
+
+
+def test_ids_sort_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(1_800_000_000_000_000_000, 1_800_000_000_002_000_000, 250))
+    monkeypatch.setattr(time, "time_ns", lambda: next(times))
+    ids = [new_id() for _ in range(8000)]  # of two milliseconds
+    assert ids == sorted(set(ids))
+    for id in (ids[0], ids[-1]):
+        parsed = uuid.UUID(id.removeprefix("video_"))
+        assert (parsed.version, parsed.variant) == (7, uuid.RFC_4122)
+        assert parsed.int >> 80 == int(id[6:18], 16)
+    assert int(ids[-1][6:18], 16) - int(ids[0][6:18], 16) == 1
 
 
 def test_folders_are_private(store: Store) -> None:
