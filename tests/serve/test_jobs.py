@@ -277,6 +277,39 @@ def test_one_that_kills_a_batch_fails_alone(tmp_path: Path) -> None:
     run(test())
 
 
+def test_a_cancel_while_a_dead_workers_batch_waits_again(tmp_path: Path) -> None:
+    """What is written of the others then does not bring it back."""
+
+    async def test() -> None:
+        script = Script(max_batch_size=4)
+        async with queue(tmp_path, script, batch_window=2) as q:
+            prompts = ["die_once", "b", "c", "d"]
+            jobs = [await q.submit(job(prompt, batch_key="k"), None) for prompt in prompts]
+            slow_down(q.store)
+            first, last = jobs[0].id, jobs[3].id
+            await until(lambda: last in {e.id for e in q._outcomes.line("w").waiting})
+            ends = [asyncio.create_task(q.cancel(id)) for id in (first, last)]
+            await asyncio.gather(*ends)
+            for one in jobs:
+                ended = await q.wait(one.id)
+                expected = "cancelled" if one.id in (first, last) else "completed"
+                assert ended.status == expected
+            assert q.store.counts() == {("w", "cancelled"): 2, ("w", "completed"): 2}
+
+    run(test())
+
+
+def slow_down(store: Store, seconds: float = 0.03) -> None:
+    """Let each write take its time."""
+    commit = store._commit
+
+    def slowly() -> None:
+        time.sleep(seconds)
+        commit()
+
+    store._commit = slowly  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("settings", [{"stuck_seconds": 0.1}, {"heartbeat_seconds": 0.1}])
 def test_a_stuck_worker_is_replaced(tmp_path: Path, settings: dict[str, float]) -> None:
     async def test() -> None:
@@ -483,6 +516,27 @@ def test_delete(tmp_path: Path) -> None:
             assert gone == [waiting.id, running.id]
             last = await q.submit(job(), None)
             await until(lambda: q.store.get(last.id, None).status == "in_progress")
+
+    run(test())
+
+
+def test_a_delete_that_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job has ended for good all the same."""
+
+    def refuse(id: str) -> None:
+        raise ApiError("disk_full", "The disk is full.")
+
+    async def test() -> None:
+        async with queue(tmp_path, Script(steps=1000)) as q:
+            running = await q.submit(job(), None)
+            await until(lambda: q.store.get(running.id, None).step_done > 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(q.store, "delete", refuse)
+                assert (await refused(q.delete(running.id))).code == "disk_full"
+            assert q.store.get(running.id, None).status == "cancelled"
+        async with queue(tmp_path) as q:
+            assert q.store.get(running.id, None).status == "cancelled"
+            await q.delete(running.id)
 
     run(test())
 
