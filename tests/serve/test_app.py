@@ -360,12 +360,24 @@ def test_streams_have_a_limit_and_comments(tmp_path: Path) -> None:
         assert int(refused.headers["retry-after"]) <= 120
         for stream in opened:
             stream.close()
-        videos = server.app.state.videos
         for _ in range(100):
-            if not videos.streams:
+            if not server.queue.num_listeners:
                 break
             time.sleep(0.02)
-        assert videos.streams == 0
+        assert server.queue.num_listeners == 0
+
+
+def test_streams_that_are_asked_for_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", stated={"streams": 2}) as server:
+        port = int(server.url.rpartition(":")[2])
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(9)]
+        for client in clients:
+            client.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        statuses = [client.recv(12) for client in clients]
+        assert statuses.count(b"HTTP/1.1 200") == 2
+        assert statuses.count(b"HTTP/1.1 429") == 7
+        for client in clients:
+            client.close()
 
 
 def test_sync(tmp_path: Path) -> None:

@@ -238,6 +238,11 @@ class Queue:
             subscription.close()
         return subscription
 
+    @property
+    def num_listeners(self) -> int:
+        """Number of streams of events that are open."""
+        return self._outcomes.publisher.num_listeners
+
     def health(self) -> tuple[str, str]:
         """State in a word and a sentence: ready, or why it is not.
 

@@ -42,7 +42,6 @@ class Videos:
     intake: Intake
     comment_s: float = EVENT_COMMENT_S
     started: float = field(default_factory=time.time)
-    streams: int = 0
 
     def render(self, job: Job) -> dict[str, Any]:
         return video_object(job, self.queue.position(job), self.queue.eta(job))
@@ -236,8 +235,8 @@ class Videos:
         if request.method == "HEAD":
             raise ApiError("method_not_allowed", "HEAD: a stream has no end; use GET")
         id = self._job(request).id if "id" in request.path_params else None
-        if self.streams >= self.settings.streams:
-            message = f"{self.streams} event streams are open; close one, or poll"
+        if (count := self.queue.num_listeners) >= self.settings.streams:
+            message = f"{count} event streams are open; close one, or poll"
             raise ApiError("too_many_streams", message, retry_after=10)
         # Last-Event-ID needs no look: the stream begins with the present state
         subscription = self.queue.subscribe(owner_of(request), id)
@@ -246,7 +245,6 @@ class Videos:
         return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
 
     async def _lines(self, subscription: AsyncIterator[Event]) -> AsyncIterator[str]:
-        self.streams += 1
         following: asyncio.Future[Event] | None = None
         try:
             yield f"retry: {RETRY_MS}\n\n"
@@ -264,7 +262,6 @@ class Videos:
                 data = self.render(event.data) if isinstance(event.data, Job) else event.data
                 yield f"event: {event.name}\nid: {event.id}\ndata: {to_json(data)}\n\n"
         finally:
-            self.streams -= 1
             if following:
                 following.cancel()
             if close := getattr(subscription, "aclose", None):
