@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ import pytest
 
 from worldline.serve.errors import ApiError
 from worldline.serve.jobs import Event, Queue, Settings
-from worldline.serve.records import ENDED, Job, new_id
+from worldline.serve.records import ENDED, Checked, Job, new_id
 from worldline.serve.store import RESULTS, Store
 
 from .fake_worker import FakeWorker, Script
@@ -359,6 +360,31 @@ def test_a_world_that_cannot_load_is_tried_again(tmp_path: Path) -> None:
             checked = await q.check("w", {"prompt": "x", "seed": 3}, None, None)
             assert checked.request["seed"] == 3
             assert (await refused(q.check("w", {"promt": "x"}, None, None))).param == "promt"
+
+    run(test())
+
+
+def test_few_inputs_are_opened_at_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        opened, most = 0, 0
+
+        async def check(stated: Any, input: str | None, kind: Any) -> Checked:
+            nonlocal opened, most
+            opened += input is not None
+            most = max(most, opened)
+            await asyncio.sleep(0.01)
+            opened -= input is not None
+            return Checked({}, {}, None)
+
+        async with queue(tmp_path) as q:
+            q.pool.slots["w"][0].worker.check = check  # type: ignore[method-assign]
+            limit = max(4, os.cpu_count() or 1)
+            checks = [q.check("w", {}, tmp_path / "a", "image") for _ in range(2 * limit)]
+            held = asyncio.gather(*checks)
+            await until(lambda: opened == limit)
+            await q.check("w", {}, None, None)  # one without input waits for none
+            await held
+            assert most == limit
 
     run(test())
 

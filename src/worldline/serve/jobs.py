@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -64,6 +65,8 @@ class Queue:
         self._dispatcher = Dispatcher(self._outcomes, worlds, make_worker, settings)
         self.pool = self._dispatcher.pool
         self._arriving: Counter[str] = Counter()  # by owner, while they are written
+        # a process opens each input, with up to 1 GB; the others wait
+        self._opening = asyncio.Semaphore(max(4, os.cpu_count() or 1))
         self._etas: dict[str, tuple[float, Mapping[str, float]]] = {}
         self._drained = asyncio.Event()
 
@@ -108,11 +111,12 @@ class Queue:
         """
         self._refuse_if_stopping()
         self._refuse_unknown(model)
-        for slot in self.pool.alive(model):
-            with contextlib.suppress(WorkerDied, TimeoutError):
-                path = None if input is None else str(input)
-                check = slot.worker.check(stated, path, kind)
-                return await asyncio.wait_for(check, self.settings.check_seconds)
+        async with self._opening if input else contextlib.nullcontext():
+            for slot in self.pool.alive(model):
+                with contextlib.suppress(WorkerDied, TimeoutError):
+                    path = None if input is None else str(input)
+                    check = slot.worker.check(stated, path, kind)
+                    return await asyncio.wait_for(check, self.settings.check_seconds)
         raise self.unavailable(model)
 
     def unavailable(self, model: str) -> ApiError:
