@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from worldline.serve.content import spritesheet
 from worldline.video.write import write_video
 
 from .fake_worker import FakeWorker, Script
@@ -455,6 +457,25 @@ def test_a_sheet_of_frames(tmp_path: Path) -> None:
         assert server.wait(id)["status"] == "completed"
         sheet = server.ask("GET", f"/v1/videos/{id}/content?variant=spritesheet")
         assert Image.open(io.BytesIO(sheet.content)).size == (4 * 96, 4 * 64)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 60])
+def test_sprites_are_frames_of_the_whole_video(tmp_path: Path, count: int) -> None:
+    """The first is at the upper left, the last at the lower right; few are in memory at once."""
+    greys = np.linspace(20, 220, count).astype(np.uint8)
+    frames = np.broadcast_to(greys[:, None, None, None], (count, 256, 384, 3))
+    write_video(frames, tmp_path / "video.mp4", 24)
+    spritesheet(tmp_path).unlink()  # what it imports counts no more
+    tracemalloc.start()
+    path = spritesheet(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sheet = np.asarray(Image.open(path))
+    height, width = sheet.shape[0] // 4, sheet.shape[1] // 4
+    middles = sheet[height // 2 :: height, width // 2 :: width, 0].ravel()
+    expected = np.interp(np.linspace(0, 1, 16), np.linspace(0, 1, count), greys)
+    assert np.abs(middles - expected).max() <= 100 / max(1, count - 1) + 4
+    assert peak < 8 * frames[0].size
 
 
 def test_urls_of_this_machine_are_refused(tmp_path: Path) -> None:
