@@ -764,6 +764,25 @@ def test_broken_requests(server: Running, data: bytes) -> None:
     assert server.incoming() == []
 
 
+def test_silent_clients_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request and within its headers, the first one's and a later one's."""
+    monkeypatch.setattr("worldline.serve.server.KEEP_ALIVE_S", 0.3)
+    asked = b"GET /v1/version HTTP/1.1\r\nHost: localhost\r\n"
+    with serving(tmp_path / "data", comment_s=0.1) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for data in (b"", asked, asked + b"\r\n", asked + b"\r\n" + asked):
+            with socket.create_connection(address, timeout=10) as client:
+                client.sendall(data)
+                while client.recv(4096):
+                    pass
+        with socket.create_connection(address, timeout=10) as client:  # an answer takes longer
+            client.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            received = b""
+            while received.count(b": still here") < 6:
+                received += (part := client.recv(4096))
+                assert part
+
+
 def test_an_upload_that_breaks_leaves_nothing(server: Running) -> None:
     port = int(server.url.rpartition(":")[2])
     body = form(("input_reference", PNG.getvalue() * 10, "a.png"), end=False)

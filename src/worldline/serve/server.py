@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Generator
@@ -16,11 +17,40 @@ from worldline.serve.answers import error_response
 from worldline.serve.errors import ApiError
 from worldline.serve.settings import MAX_HEADER
 
-_KEEP_ALIVE_S = 75
+KEEP_ALIVE_S = 75  # in which the headers of a request must arrive
 
 
 class Protocol(H11Protocol):
-    """HTTP whose broken requests get the one form of errors."""
+    """HTTP whose broken requests get the one form of errors, and whose silent clients are left.
+
+    Uvicorn waits for ever for the headers of a request of which one byte has come, or of a first
+    one, and such clients, who need no key, would take all file descriptors.
+    """
+
+    waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.waiting:
+            self.waiting.cancel()
+
+    def on_response_complete(self) -> None:
+        self._expect_request()
+        super().on_response_complete()
+
+    def _expect_request(self) -> None:
+        """Close the connection unless the headers of its next request arrive in time."""
+        if self.waiting:
+            self.waiting.cancel()
+        self.waiting = self.loop.call_later(self.timeout_keep_alive, self._leave, self.cycle)
+
+    def _leave(self, last: object) -> None:
+        if self.cycle is last:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -57,7 +87,7 @@ def make_server(app: Any, grace_s: int) -> Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
         h11_max_incomplete_event_size=MAX_HEADER,
     )
