@@ -493,6 +493,44 @@ def test_limits(tmp_path: Path) -> None:
     run(test())
 
 
+def test_jobs_of_a_world_that_is_not_served_take_no_place(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    others = [store.add(job(model="v", owner="a"), None) for _ in range(3)]
+    store.close()
+
+    async def test() -> None:
+        async with queue(tmp_path, queue_size=2, queue_per_key=2) as q:
+            one = await q.submit(job(owner="a"), None)
+            assert (await q.wait(one.id)).status == "completed"
+            assert {q.store.get(other.id, None).status for other in others} == {"queued"}
+            assert (await q.cancel(others[0].id)).status == "cancelled"
+
+    run(test())
+
+
+def test_the_clock_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of jobs are those that passed."""
+
+    async def test() -> None:
+        async with queue(tmp_path, Script(steps=10)) as q:
+            finished: list[Any] = []
+            q.observers.append(lambda name, facts: finished.append((name, facts)))
+            usual = time.time
+            for shift in (-3600, 3600):
+                finished.clear()
+                one = await q.submit(job(), None)
+                await until(lambda one=one: q.store.get(one.id, None).step_done > 2)
+                with monkeypatch.context() as patch:
+                    patch.setattr(time, "time", lambda shift=shift: usual() + shift)
+                    await q.wait(one.id)
+                [facts] = [facts for name, facts in finished if name == "finished"]
+                assert 0 < facts["job_seconds"] < 30
+                [facts] = [facts for name, facts in finished if name == "started"]
+                assert 0 <= facts["queue_seconds"] < 30
+
+    run(test())
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     async def test() -> None:
         async with queue(tmp_path) as q:

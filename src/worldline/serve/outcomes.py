@@ -137,7 +137,8 @@ class Outcomes:
         job = await self.write(entry.id, **columns, attempts=entry.charged + 1)
         if entry in line.starting:
             line.starting.remove(entry)
-        self.observe("started", {"world": job.model, "queue_seconds": time.time() - job.created_at})
+        seconds = max(0.0, time.time() - job.created_at)  # the clock may have been set
+        self.observe("started", {"world": job.model, "queue_seconds": seconds})
         data = {"id": job.id, "status": job.status, "queue_position": None}
         self.publisher.publish("status", job.owner, job.id, data)
         self.publish_positions(entry.world)
@@ -288,9 +289,9 @@ class Outcomes:
 
     def _report(self, entry: Entry, job: Job) -> None:
         """Log the end of a job, learn from it, and let observers know."""
-        now, began = job.completed_at or 0.0, job.started_at
-        queued = (began or now) - job.created_at
-        seconds = now - began if began else 0.0
+        left = job.started_at or job.completed_at or 0.0
+        queued = max(0.0, left - job.created_at)  # the clock may have been set
+        seconds = asyncio.get_running_loop().time() - entry.began_at if entry.begun else 0.0
         if job.status == "completed" and entry.progress:
             self.estimates.record(job, seconds, entry.progress.seconds)
             for stage, spent in entry.progress.seconds.items():
