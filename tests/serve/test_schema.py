@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -144,6 +145,25 @@ def test_models() -> None:
         with pytest.raises(ApiError) as caught:
             choose_model(model, ["a", "b"])
         assert (caught.value.code, caught.value.param) == (code, "model")
+
+
+def test_long_names_are_neither_searched_nor_kept() -> None:
+    names = [str(number) * 1_000_000 for number in range(9)]
+
+    def refuse(name: str) -> None:
+        with pytest.raises(ApiError):
+            choose_model(name, ["fake"])
+        with pytest.raises(ApiError):
+            stated(**{name: 1})
+
+    refuse("before")  # what is imported counts no more
+    tracemalloc.start()
+    for name in names:
+        refuse(name + "x")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1_500_000  # the last one at most
+    assert peak < 12_000_000
 
 
 def test_numbers_in_forms() -> None:

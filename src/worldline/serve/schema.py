@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from worldline.errors import brief, did_you_mean
@@ -106,7 +105,7 @@ def choose_model(model: Any, worlds: Sequence[str]) -> str:
     if not isinstance(model, str):
         raise ApiError("invalid_value", f"model is {brief(model)}; give one of {known}", "model")
     if model not in worlds:
-        close = did_you_mean(model, worlds, 0.6) or f"; there are {known}"
+        close = did_you_mean(model[:80], worlds, 0.6) or f"; there are {known}"
         raise ApiError(
             "model_not_found", f"model {brief(str(model))}: no such world{close}", "model"
         )
@@ -167,7 +166,6 @@ def _unknown(name: str, facts: Facts) -> ApiError:
     return ApiError("unknown_parameter", message, _label(name))
 
 
-@cache
 def families_with(field: str) -> tuple[str, ...]:
     """Families whose requests have a field."""
     return tuple(name for name in FAMILIES if field in requests_of(name).REQUEST.model_fields)
