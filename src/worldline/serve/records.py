@@ -12,6 +12,7 @@ Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 ENDED: frozenset[Status] = frozenset({"completed", "failed", "cancelled"})
 ENDS = ("done", "failed", "cancelled")  # events after which a task has ended
 MediaKind = Literal["image", "video"]
+INPUT = "input_reference"  # what a client calls the input
 
 
 def new_id() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -146,8 +145,7 @@ class Videos:
                 raise ApiError("invalid_value", message, "prompt")
         finally:
             body.discard()
-        digest = hashlib.sha256(json.dumps([parent.id, str(prompt)]).encode()).hexdigest()
-        job = await self.intake.again(parent, str(prompt), request, digest)
+        job = await self.intake.again(parent, str(prompt), request)
         return self._answer(job, located=True)
 
     async def extend(self, request: Request) -> Response:
