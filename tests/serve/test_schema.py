@@ -9,16 +9,11 @@ import pytest
 
 from worldline.serve.errors import ApiError
 from worldline.serve.forms import FormText, parse_json
+from worldline.serve.objects import model_object, video_object
 from worldline.serve.records import Facts, Job
-from worldline.serve.schema import (
-    choose_model,
-    convert,
-    flattened,
-    model_object,
-    read_fields,
-    video_object,
-)
+from worldline.serve.schema import choose_model, flattened, read_fields
 from worldline.serve.settings import AppSettings
+from worldline.serve.values import convert
 
 _INTEGER = {"type": "integer", "minimum": 1, "maximum": 1000}
 FACTS = Facts(
@@ -48,7 +43,7 @@ FIXED = Facts(**{**vars(FACTS), "fields": {"seed": FACTS.fields["seed"]}})
 
 
 def stated(facts: Facts = FACTS, **values: Any) -> Any:
-    return read_fields(flattened(values), "world", facts).stated
+    return read_fields(flattened(values), facts).stated
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from worldline.serve.content import first_frame
 from worldline.serve.errors import ApiError
 from worldline.serve.forms import Body
 from worldline.serve.routes import Videos
-from worldline.serve.schema import OWN, convert, flattened
+from worldline.serve.schema import OWN, flattened
+from worldline.serve.values import convert
 
 _COUNT = {"type": "integer", "minimum": 1, "maximum": 4}
 _VIDEO_PARAMS = {

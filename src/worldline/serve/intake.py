@@ -98,7 +98,7 @@ class Intake:
         values = flattened(body.values)
         model = choose_model(values.get("model"), self.queue.worlds)
         _refuse_files(body, values)
-        wanted = read_fields(values, model, self.facts(model))
+        wanted = read_fields(values, self.facts(model))
         stated = {**(base or {}), **wanted.stated}
         async with self._taken(body.uploads.get(INPUT, wanted.reference), owner) as source:
             digest = _digest(request.url.path, body, source)

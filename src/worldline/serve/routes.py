@@ -23,8 +23,9 @@ from worldline.serve.content import (
 from worldline.serve.errors import ApiError
 from worldline.serve.intake import Intake, find_job, owner_of
 from worldline.serve.jobs import Event, Queue
+from worldline.serve.objects import model_object, video_object
 from worldline.serve.records import Job
-from worldline.serve.schema import choose_model, flattened, model_object, video_object
+from worldline.serve.schema import choose_model, flattened
 from worldline.serve.settings import EVENT_COMMENT_S, RETRY_MS, AppSettings
 from worldline.serve.store import Store
 
