@@ -418,6 +418,15 @@ def test_a_client_that_leaves_sync_cancels(tmp_path: Path) -> None:
         assert server.wait(jobs[0]["id"])["status"] == "cancelled"
 
 
+def test_pictures_after_one_that_fails_are_not_made(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", Script(seconds=0.1)) as server:
+        body = {"prompt": "refuse it", "n": 3}
+        answer = server.ask("POST", "/v1/images/generations", body)
+        assert (answer.status, answer.code) == (400, "guardrail_refused")
+        statuses = [each["status"] for each in server.ask("GET", "/v1/videos").json()["data"]]
+        assert statuses == ["cancelled", "cancelled", "failed"]
+
+
 def test_failed_and_cancelled_videos(server: Running) -> None:
     id = create(server, prompt="refuse it")["id"]
     video = server.wait(id)

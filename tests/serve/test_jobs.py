@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from worldline.serve.errors import ApiError
-from worldline.serve.jobs import Event, Queue, Settings
+from worldline.serve.jobs import Queue, Settings
 from worldline.serve.records import ENDED, Checked, Job, new_id
 from worldline.serve.store import RESULTS, Store
+from worldline.serve.streams import Event
 
 from .fake_worker import FakeWorker, Script
 
@@ -396,16 +397,16 @@ def test_workers_of_a_world_share_one_line(tmp_path: Path) -> None:
             await until(lambda: len(q.pool.free("w")) == 2)
             jobs = [await q.submit(job(), None) for _ in range(3)]
             await until(lambda: q.store.counts().get(("w", "in_progress")) == 2)
-            assert q.add_worker("w") == "w/2"
+            assert q.pool.add("w") == "w/2"
             await until(lambda: q.store.counts().get(("w", "in_progress")) == 3)
-            assert await q.remove_worker("w") is None  # all are busy
+            assert await q.pool.remove("w") is None  # all are busy
             for one in jobs:
                 assert (await q.wait(one.id)).status == "completed"
             await until(lambda: all(slot.is_idle for slot in q.pool.slots["w"]))
-            assert await q.remove_worker("w") == "w/2"
+            assert await q.pool.remove("w") == "w/2"
             assert [slot.name for slot in q.pool.slots["w"]] == ["w/0", "w/1"]
             assert ("stop", "w/2") in script.log
-            assert q.add_worker("w") == "w/2"
+            assert q.pool.add("w") == "w/2"
 
     run(test())
 
@@ -427,8 +428,6 @@ def test_each_world_has_its_own_line(tmp_path: Path) -> None:
         for one in quick:
             assert (await q.wait(one.id)).status == "completed"
         assert [q.position(store.get(one.id, None)) for one in slow] == [None, 0, 1]
-        assert q.queued_seconds("quick") == 0
-        assert q.queued_seconds("slow") is None
         await asyncio.gather(q.drain(0), q.drain(0))
         assert store.counts() == {("slow", "queued"): 3, ("quick", "completed"): 3}
         store.close()
@@ -724,7 +723,7 @@ def test_a_drained_job_is_made_after_the_next_start(tmp_path: Path, prompt: str)
             assert runs(script)[-2:] == [(first.id,), (second.id,)]
         async with queue(tmp_path, script) as q:  # what the last jobs took is known
             third = await q.submit(job(), None)
-            assert q.queued_seconds(third.model) is not None
+            assert q._outcomes.estimates.seconds(third) is not None
 
     run(test())
 

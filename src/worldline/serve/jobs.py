@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +28,9 @@ from worldline.serve.progress import stages_of
 from worldline.serve.records import ENDED, Checked, Facts, Job, MediaKind, Worker, WorkerDied
 from worldline.serve.recovery import recover
 from worldline.serve.store import Store
-from worldline.serve.streams import Event, Subscription
+from worldline.serve.streams import Subscription
 
-__all__ = ["Event", "Queue", "Settings"]
+__all__ = ["Queue", "Settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -185,14 +185,6 @@ class Queue:
         end = ends.get(job.id)
         return None if end is None else max(0.0, end - (now - computed))
 
-    def queued_seconds(self, world: str) -> float | None:
-        """Seconds of one worker that all waiting jobs need; None where it cannot be known."""
-        waiting = self._outcomes.line(world).waiting
-        jobs = [self.store.get(entry.id, None) for entry in waiting]
-        seconds = [self._outcomes.estimates.seconds(job) for job in jobs]
-        known = [one for one in seconds if one is not None]
-        return sum(known) if len(known) == len(seconds) else None
-
     def poll_milliseconds(self, job: Job) -> int:
         """After which to ask again: a step of a job that runs, a tenth of a wait."""
         entry, seconds = self._outcomes.entries.get(job.id), 1.0
@@ -223,7 +215,7 @@ class Queue:
             )
         return job
 
-    def subscribe(self, owner: str | None, id: str | None) -> AsyncIterator[Event]:
+    def subscribe(self, owner: str | None, id: str | None) -> Subscription:
         """Events of one job, or of all of an owner, from the present state on.
 
         Raises:
@@ -265,14 +257,6 @@ class Queue:
             if worlds := [world for world in self.worlds if states[world] == state]:
                 return state, f"{', '.join(worlds)}: {words}."
         return "ready", f"{', '.join(self.worlds)} can be asked for videos."
-
-    def add_worker(self, world: str) -> str:
-        """Start one more worker of a world; its name."""
-        return self.pool.add(world)
-
-    async def remove_worker(self, world: str) -> str | None:
-        """Stop a worker of a world that makes nothing; its name, None where all are busy."""
-        return await self.pool.remove(world)
 
     async def drain(self, seconds: float) -> None:
         """End: jobs that are not made within `seconds` are queued for the next start.

@@ -15,21 +15,25 @@ from starlette.responses import Response, StreamingResponse
 
 from worldline.errors import brief
 from worldline.serve.answers import Json, to_json
-from worldline.serve.content import (
-    file_response,
-    refuse_unless_completed,
-    spritesheet,
-)
+from worldline.serve.content import file_response, refuse_unless_completed, spritesheet
 from worldline.serve.errors import ApiError
 from worldline.serve.intake import Intake, find_job, owner_of
-from worldline.serve.jobs import Event, Queue
+from worldline.serve.jobs import Queue
 from worldline.serve.objects import model_object, video_object
 from worldline.serve.records import Job
-from worldline.serve.schema import choose_model, flattened
+from worldline.serve.schema import check_prompt, choose_model, flattened
 from worldline.serve.settings import EVENT_COMMENT_S, RETRY_MS, AppSettings
 from worldline.serve.store import Store
+from worldline.serve.streams import Event, Subscription
 
 _LISTED = 100
+_FILES = {  # by variant of the content
+    "video": "video.mp4",
+    "lossless": "lossless.mkv",
+    "thumbnail": "thumbnail.jpg",
+    "spritesheet": "spritesheet.jpg",
+    "report": "report.json",
+}
 
 
 @dataclass
@@ -60,11 +64,8 @@ class Videos:
 
     async def page(self, request: Request) -> Response:
         query = request.query_params
-        limit, order, after = (
-            query.get("limit", "20"),
-            query.get("order", "desc"),
-            query.get("after"),
-        )
+        limit, order = query.get("limit", "20"), query.get("order", "desc")
+        after = query.get("after")
         if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= _LISTED):
             message = f"limit is {brief(limit)}; give 1 to {_LISTED}"
             raise ApiError("invalid_value", message, "limit")
@@ -98,11 +99,10 @@ class Videos:
         return Json({"id": job.id, "object": "video.deleted", "deleted": True})
 
     async def content(self, request: Request) -> Response:
-        job, folder = self._job(request), None
+        job = self._job(request)
         variant = request.query_params.get("variant", "video")
-        variants = ("video", "lossless", "thumbnail", "spritesheet", "report", "input")
-        if variant not in variants:
-            message = f"variant is {brief(variant)}; give one of {', '.join(variants)}"
+        if variant not in (*_FILES, "input"):
+            message = f"variant is {brief(variant)}; give one of {', '.join(_FILES)} and input"
             raise ApiError("invalid_value", message, "variant")
         if variant == "input":
             path = self.store.input_path(job)
@@ -116,16 +116,9 @@ class Videos:
         if variant == "spritesheet":
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(spritesheet, folder)
-        name = {
-            "video": "video.mp4",
-            "lossless": "lossless.mkv",
-            "thumbnail": "thumbnail.jpg",
-            "spritesheet": "spritesheet.jpg",
-            "report": "report.json",
-        }[variant]
-        suffix = name.partition(".")[2]
+        path = folder / _FILES[variant]
         label = job.id if variant in ("video", "report") else f"{job.id}-{variant}"
-        return file_response(request, folder / name, f"{label}.{suffix}")
+        return file_response(request, path, f"{label}{path.suffix}")
 
     async def remix(self, request: Request) -> Response:
         parent = self._job(request)
@@ -136,18 +129,10 @@ class Videos:
                 if name != "prompt":
                     message = f"{brief(name)}: a remix takes a prompt alone"
                     raise ApiError("unknown_parameter", message, name[:80])
-            prompt = values.get("prompt")
-            if prompt is None:
-                raise ApiError(
-                    "missing_parameter", "prompt is missing; describe the video", "prompt"
-                )
-            if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > 8000:
-                message = f"prompt is {brief(prompt)}; give 1 to 8,000 characters"
-                raise ApiError("invalid_value", message, "prompt")
+            prompt = check_prompt(values.get("prompt"))
         finally:
             body.discard()
-        job = await self.intake.again(parent, str(prompt), request)
-        return self._answer(job, located=True)
+        return self._answer(await self.intake.again(parent, prompt, request), located=True)
 
     async def extend(self, request: Request) -> Response:
         """A video that continues the last frames of another."""
@@ -219,9 +204,9 @@ class Videos:
             "X-Video-Id": job.id,
             "X-Model": job.model.encode("ascii", "backslashreplace").decode(),
             "X-Seed": str(job.seed),
-            "X-Inference-Time-S": str(result.get("inference_time_s")),
+            "X-Inference-Time-S": json.dumps(result.get("inference_time_s")),
             "X-Stage-Durations": json.dumps(stages),
-            "X-Peak-Memory-MB": str(result.get("peak_memory_mb")),
+            "X-Peak-Memory-MB": json.dumps(result.get("peak_memory_mb")),
             "Server-Timing": ", ".join(f"{n};dur={1000 * s:.1f}" for n, s in stages.items()),
         }
         path = self.store.folder(job.id) / "video.mp4"
@@ -243,7 +228,7 @@ class Videos:
         lines = self._lines(subscription)
         return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
 
-    async def _lines(self, subscription: AsyncIterator[Event]) -> AsyncIterator[str]:
+    async def _lines(self, subscription: Subscription) -> AsyncIterator[str]:
         following: asyncio.Future[Event] | None = None
         try:
             yield f"retry: {RETRY_MS}\n\n"
@@ -263,8 +248,7 @@ class Videos:
         finally:
             if following:
                 following.cancel()
-            if close := getattr(subscription, "aclose", None):
-                await close()
+            subscription.close()
 
     # worlds
 

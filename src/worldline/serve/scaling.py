@@ -182,7 +182,7 @@ class Autoscaler:
                 *(world, queued, seconds, count, wanted),
             )
             for _ in range(wanted - count):
-                self.queue.add_worker(world)
+                self.queue.pool.add(world)
             demand.full_since = now
         elif all(not slot.is_idle or slot.worker.state == "loading" for slot in slots):
             demand.full_since = now
@@ -190,7 +190,7 @@ class Autoscaler:
             wanted < count
             and now - demand.full_since >= self.options.idle_s
             and now - self._removed[world] >= self._down_s
-            and (name := await self.queue.remove_worker(world)) is not None
+            and (name := await self.queue.pool.remove(world)) is not None
         ):
             logger.info("%s: it was idle and is stopped; %d are left", name, count - 1)
             self._removed[world] = time.monotonic()

@@ -143,7 +143,8 @@ def read_fields(values: Mapping[str, Any], facts: Facts) -> Wanted:
         stated.pop(name, None)
     _read_size(stated, names, facts)
     _read_length(stated, names, facts)
-    _read_prompt(stated, facts)
+    if "prompt" in stated or facts.limits.get("prompt") == "required":
+        check_prompt(stated.get("prompt"))
     if "preview_every" not in facts.fields and stated.pop("preview_every", 0):
         raise _unknown("preview_every", facts)
     reference = values.get("input_reference")
@@ -218,18 +219,22 @@ def frames_of(number: float, facts: Facts) -> int:
     return max(frames, int(facts.limits.get("min_frames") or 1))
 
 
-def _read_prompt(stated: Mapping[str, Any], facts: Facts) -> None:
-    prompt = stated.get("prompt")
+def check_prompt(prompt: Any) -> str:
+    """The prompt itself.
+
+    Raises:
+        ApiError: missing_parameter, invalid_value.
+    """
     if prompt is None:
-        if facts.limits.get("prompt") == "required":
-            message = "prompt is missing; describe the video"
-            raise ApiError("missing_parameter", message, "prompt")
-        return
+        raise ApiError("missing_parameter", "prompt is missing; describe the video", "prompt")
+    if not isinstance(prompt, str):
+        raise ApiError("invalid_value", f"prompt is {brief(prompt)}; give a text", "prompt")
     if len(prompt) > MAX_PROMPT:
         message = f"prompt has {len(prompt):,} characters; give at most {MAX_PROMPT:,}"
         raise ApiError("invalid_value", message, "prompt")
     if not prompt.strip():
         raise ApiError("invalid_value", "prompt is empty; describe the video", "prompt")
+    return str(prompt)
 
 
 def read_metadata(value: Any) -> dict[str, str] | None:

@@ -66,10 +66,6 @@ class Subscription(AsyncIterator[Event]):
         self.is_closed = True
         self._change.set()
 
-    async def aclose(self) -> None:
-        self._pending.clear()
-        self.close()
-
     async def __anext__(self) -> Event:
         while not self._pending:
             if self.is_closed:
