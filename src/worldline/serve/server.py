@@ -18,16 +18,18 @@ from worldline.serve.errors import ApiError
 from worldline.serve.settings import MAX_HEADER
 
 KEEP_ALIVE_S = 75  # in which the headers of a request must arrive
+STALL_S = 60  # for which a client may take nothing of an answer
 
 
 class Protocol(H11Protocol):
     """HTTP whose broken requests get the one form of errors, and whose silent clients are left.
 
     Uvicorn waits for ever for the headers of a request of which one byte has come, or of a first
-    one, and such clients, who need no key, would take all file descriptors.
+    one, and for clients that take nothing of an answer; they would take all file descriptors.
     """
 
     waiting: asyncio.TimerHandle | None = None
+    stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,8 +37,17 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self.waiting:
-            self.waiting.cancel()
+        for timer in filter(None, (self.waiting, self.stalled)):
+            timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stalled = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stalled:
+            self.stalled.cancel()
 
     def on_response_complete(self) -> None:
         self._expect_request()
