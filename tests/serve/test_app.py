@@ -9,10 +9,11 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from PIL import Image
 
 from worldline.serve.content import spritesheet
+from worldline.serve.errors import ApiError
 from worldline.video.write import write_video
 
 from .fake_worker import FakeWorker, Script
@@ -791,6 +793,66 @@ def test_silent_clients_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             while received.count(b": still here") < 6:
                 received += (part := client.recv(4096))
                 assert part
+
+
+def test_a_client_that_takes_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worldline.serve.server.STALL_S", 0.3)
+    size = 30_000_000  # more than the buffers of a connection
+
+    def write(task: Any) -> None:
+        for name in ("video.mp4", "thumbnail.jpg", "report.json"):
+            Path(task.folder, name).write_bytes(bytes(size if name == "video.mp4" else 9))
+
+    with serving(tmp_path / "data", Script(seconds=0.001, write=write)) as server:
+        id = create(server)["id"]
+        server.wait(id)
+        assert len(server.ask("GET", f"/v1/videos/{id}/content").content) == size
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=10) as client:
+            path = f"/v1/videos/{id}/content"
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            time.sleep(1.5)
+            received = 0
+            with suppress(ConnectionResetError):
+                while part := client.recv(1 << 20):
+                    received += len(part)
+            assert received < size
+
+
+def test_slow_hosts_hold_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def fetch(*_: Any, **__: Any) -> None:
+        ended.wait(20)
+        raise ApiError("url_refused", "the host is slow")
+
+    monkeypatch.setattr("worldline.serve.intake.fetch_url", fetch)
+    with serving(tmp_path / "data", stated={"allow_url_inputs": ("*",)}) as server:
+        names = server.store.incoming
+        taken: list[Path] = []
+        monkeypatch.setattr(server.store, "incoming", lambda: taken.append(names()) or taken[-1])
+        body = {"prompt": "a", "input_reference": {"image_url": "https://example.org/a.png"}}
+        askers = [
+            threading.Thread(target=server.ask, args=("POST", "/v1/videos", body))
+            for _ in range(40)
+        ]
+        for asker in askers:
+            asker.start()
+        try:
+            url = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
+            for _ in range(500):
+                if len(taken) == len(askers):
+                    break
+                time.sleep(0.01)
+            began = time.monotonic()
+            create(server, input_reference=url)
+            assert time.monotonic() - began < 10
+        finally:
+            ended.set()
+            for asker in askers:
+                asker.join()
 
 
 def test_an_upload_that_breaks_leaves_nothing(server: Running) -> None:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Intake:
     queue: Queue
     store: Store
     settings: AppSettings
+    # others need threads, too, of which there are five and more; a slow host holds one for 20 s
+    fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
 
     async def read(self, request: Request) -> Body:
         """What a client posted; its files are the caller's to discard."""
@@ -220,7 +222,8 @@ class Intake:
                     int(settings.max_upload_mb * _MEGABYTE),
                     () if "*" in hosts else hosts,
                 )
-                await asyncio.to_thread(fetch_url, str(url), allowed, path, limit=limit)
+                async with self.fetching:
+                    await asyncio.to_thread(fetch_url, str(url), allowed, path, limit=limit)
             else:
                 message = f"{INPUT}: this server fetches no URLs; send the file or a data URL"
                 raise ApiError("url_refused", message, INPUT)
