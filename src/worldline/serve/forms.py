@@ -37,7 +37,6 @@ class Upload:
     """A file of a form, on disk."""
 
     path: Path
-    size: int
     sha256: str
     head: bytes
 
@@ -94,12 +93,12 @@ async def read_body(request: Request, settings: AppSettings, incoming: Callable[
     form = _Form(settings, incoming)
     try:
         await _read_form(request, settings, options.get(b"boundary", b""), form)
-        values = _nested(form.texts)
-        _check_values(values)
+        form.body.values = _nested(form.texts)
+        _check_values(form.body.values)
     except BaseException:
         form.discard()
         raise
-    return Body(values, form.uploads)
+    return form.body
 
 
 def _content_type(request: Request) -> tuple[str, dict[bytes, bytes]]:
@@ -245,7 +244,7 @@ class _Form:
     def __init__(self, settings: AppSettings, incoming: Callable[[], Path]) -> None:
         self.limit, self.incoming = settings.max_field_mb * _MEGABYTE, incoming
         self.texts: list[tuple[str, FormText]] = []
-        self.uploads: dict[str, Upload] = {}
+        self.body = Body()
         self.num_files = 0
         self.ended = False
         self.size = 0
@@ -297,7 +296,7 @@ class _Form:
         self.num_files += 1
         if self.num_files > MAX_FILES:  # also of those in which nothing was chosen
             raise ApiError("invalid_value", f"more than {MAX_FILES} files; give one", self.name)
-        if self.name in self.uploads:
+        if self.name in self.body.uploads:
             message = f"{brief(self.name)} is there twice; give one file"
             raise ApiError("conflicting_parameters", message, self.name[:80])
         self.filename = options[b"filename"]
@@ -322,9 +321,8 @@ class _Form:
             self.file.close()
             self.file = None
             if self.filename or self.size:
-                self.uploads[self.name] = Upload(
-                    self.path, self.size, self.hash.hexdigest(), self.head
-                )
+                upload = Upload(self.path, self.hash.hexdigest(), self.head)
+                self.body.uploads[self.name] = upload
             else:  # a page's file chooser in which nothing was chosen
                 self.path.unlink(missing_ok=True)
             return
@@ -342,8 +340,7 @@ class _Form:
         if self.file is not None:
             self.file.close()
             self.path.unlink(missing_ok=True)
-        for upload in self.uploads.values():
-            upload.path.unlink(missing_ok=True)
+        self.body.discard()
 
 
 async def _read_form(request: Request, settings: AppSettings, boundary: bytes, form: _Form) -> None:

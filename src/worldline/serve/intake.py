@@ -289,8 +289,6 @@ def _link(source: Path, path: Path) -> None:
     """A second name of a file, which is replaced but never changed; or its copy."""
     try:
         os.link(source, path)
-    except FileNotFoundError:
-        raise
     except OSError:
         shutil.copyfile(source, path)
 

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from worldline.errors import Error
 from worldline.files import remove
@@ -34,7 +34,6 @@ __all__ = ["Queue", "Settings"]
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 _LONGEST_RETRY = 120.0  # of Retry-After; above it the official client gives up
 
 

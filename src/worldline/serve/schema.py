@@ -153,7 +153,8 @@ def read_fields(values: Mapping[str, Any], facts: Facts) -> Wanted:
 
 def _unknown(name: str, facts: Facts) -> ApiError:
     """The error of a field that the world does not have."""
-    families = () if name.endswith(HIDDEN) else families_with(ALIASES.get(name, name))
+    field = "" if name.endswith(HIDDEN) else ALIASES.get(name, name)
+    families = [each for each in FAMILIES if field in requests_of(each).REQUEST.model_fields]
     if name == "prompt":
         message = f"prompt: {facts.name} takes none; leave it out"
     elif families:
@@ -165,11 +166,6 @@ def _unknown(name: str, facts: Facts) -> ApiError:
         close = did_you_mean(name.strip().lower().replace("-", "_")[:80], known, 0.6)
         message = f"{brief(name)}: no such field{close or '; leave it out'}"
     return ApiError("unknown_parameter", message, name[:80])
-
-
-def families_with(field: str) -> tuple[str, ...]:
-    """Families whose requests have a field."""
-    return tuple(name for name in FAMILIES if field in requests_of(name).REQUEST.model_fields)
 
 
 def _read_size(stated: dict[str, Any], names: Mapping[str, str], facts: Facts) -> None:

@@ -172,11 +172,8 @@ class Store:
 
     def expired(self, keep_seconds: float) -> list[str]:
         """Ids of jobs that ended longer ago than this."""
-        with self._reading:
-            where = "status IN ('completed', 'failed', 'cancelled') AND completed_at < ?"
-            query = f"SELECT id FROM jobs WHERE {where}"
-            rows = self._reader.execute(query, (time.time() - keep_seconds,))
-            return [id for (id,) in rows]
+        where = "status IN ('completed', 'failed', 'cancelled') AND completed_at < ?"
+        return [job.id for job in self.select(where, time.time() - keep_seconds)]
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Number of jobs by model and status."""
