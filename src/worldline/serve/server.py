@@ -18,7 +18,7 @@ from worldline.serve.errors import ApiError
 from worldline.serve.settings import MAX_HEADER
 
 KEEP_ALIVE_S = 75  # in which the headers of a request must arrive
-STALL_S = 60  # for which a client may take nothing of an answer
+STALL_S = 300  # for which a client may take nothing of an answer, as a paused player does
 
 
 class Protocol(H11Protocol):
