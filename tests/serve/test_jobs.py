@@ -303,13 +303,13 @@ def test_a_cancel_while_a_dead_workers_batch_waits_again(tmp_path: Path) -> None
 
 def slow_down(store: Store, seconds: float = 0.03) -> None:
     """Let each write take its time."""
-    commit = store._commit
+    commit = store.rows._commit
 
     def slowly() -> None:
         time.sleep(seconds)
         commit()
 
-    store._commit = slowly  # type: ignore[method-assign]
+    store.rows._commit = slowly  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("settings", [{"stuck_seconds": 0.1}, {"heartbeat_seconds": 0.1}])
@@ -533,8 +533,8 @@ def test_the_clock_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_full_disk(tmp_path: Path) -> None:
     async def test() -> None:
         async with queue(tmp_path) as q:
-            pages = q.store._writer.execute("PRAGMA page_count").fetchone()[0]
-            q.store._writer.execute(f"PRAGMA max_page_count = {pages + 8}")
+            pages = q.store.rows._writer.execute("PRAGMA page_count").fetchone()[0]
+            q.store.rows._writer.execute(f"PRAGMA max_page_count = {pages + 8}")
             accepted: list[Job] = []
 
             async def fill() -> None:
@@ -546,7 +546,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             assert accepted
             for one in accepted:
                 assert (await q.wait(one.id)).status == "completed"
-            q.store._writer.execute(f"PRAGMA max_page_count = {1000 * pages}")
+            q.store.rows._writer.execute(f"PRAGMA max_page_count = {1000 * pages}")
             await q.wait((await q.submit(job(), None)).id)
         async with queue(tmp_path, min_free_bytes=1e18, wait=False) as q:
             assert q.health()[0] == "disk_full"

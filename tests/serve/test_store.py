@@ -22,7 +22,7 @@ from worldline.errors import InputError
 from worldline.serve.errors import ApiError
 from worldline.serve.folder import check_local, file_system
 from worldline.serve.records import ENDED, Job, new_id
-from worldline.serve.store import _COLUMNS, _INSERT, RESULTS, Store, _values
+from worldline.serve.store import RESULTS, Store
 
 from . import crashes
 
@@ -114,7 +114,7 @@ def test_folders_are_private(store: Store) -> None:
     assert len(paths) == 4  # with those of the write-ahead log
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
     settings = {
-        name: store._writer.execute(f"PRAGMA {name}").fetchone()[0]
+        name: store.rows._writer.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "busy_timeout", "user_version")
     }
     assert settings == {
@@ -196,7 +196,7 @@ def test_names_and_counts_wait_for_no_write(store: Store) -> None:
     """The event loop asks for them while another thread waits for the disk."""
     names: list[Path] = []
     asker = threading.Thread(target=lambda: names.append(store.incoming()))
-    with store._writing:
+    with store.rows.writing:
         asker.start()
         asker.join(5)
         assert names
@@ -233,12 +233,12 @@ def test_progress_is_in_memory_until_it_is_written(store: Store) -> None:
     one = store.add(job(), None)
     store.note(one.id, progress=40, step_kind="denoise")
     assert store.get(one.id, None).progress == 40
-    assert store.select("id = ?", one.id)[0].progress == 0
+    assert store.rows.select("id = ?", one.id)[0].progress == 0
     store.flush()
-    assert store.select("id = ?", one.id)[0].step_kind == "denoise"
+    assert store.rows.select("id = ?", one.id)[0].step_kind == "denoise"
     store.note(one.id, progress=50)
     store.update(one.id, status="in_progress")
-    assert store.select("id = ?", one.id)[0].progress == 50  # with what changes the row anyway
+    assert store.rows.select("id = ?", one.id)[0].progress == 50  # with what changes the row anyway
     store.update(one.id, status="completed")
     assert refused(lambda: store.note(one.id, progress=1)).code == "video_not_found"
     assert refused(lambda: store.update(new_id(), progress=1)).code == "video_not_found"
@@ -351,8 +351,8 @@ def test_network_file_systems_are_refused(
 
 
 def test_a_full_disk_leaves_nothing(store: Store) -> None:
-    (pages,) = store._writer.execute("PRAGMA page_count").fetchone()
-    store._writer.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = store.rows._writer.execute("PRAGMA page_count").fetchone()
+    store.rows._writer.execute(f"PRAGMA max_page_count = {pages}")
     kept = 0
 
     def fill() -> None:
@@ -371,10 +371,10 @@ def test_a_full_disk_leaves_nothing(store: Store) -> None:
 
 def test_gets_are_cheap_among_ten_thousand(store: Store) -> None:
     ids = []
-    with store._transaction() as database:
+    with store.rows.transaction():
         for i in range(10_000):
             one = job(status="queued" if i % 100 == 0 else "completed", created_at=1.0)
-            database.execute(_INSERT, (*_values(one, _COLUMNS), 1))
+            store.rows.insert(one)
             ids.append(one.id)
     began = time.process_time()
     for id in ids[::10]:

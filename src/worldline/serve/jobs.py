@@ -83,7 +83,7 @@ class Queue:
         for job in jobs:
             self._outcomes.add(job)
         recent = "status = 'completed' ORDER BY id DESC LIMIT 200"
-        for job in reversed(await blocking(self.store.select, recent)):
+        for job in reversed(await blocking(self.store.rows.select, recent)):
             if seconds := job.result.get("inference_time_s"):
                 stages = job.result.get("stage_durations") or {}
                 self._outcomes.estimates.record(job, seconds, stages_of(stages))

@@ -134,7 +134,7 @@ class Autoscaler:
         """Begin to look; in the queue's event loop, once it has started."""
         for world, demand in self._demands.items():
             recent = f"model = ? AND status = 'completed' ORDER BY id DESC LIMIT {_RECENT}"
-            for job in reversed(self.queue.store.select(recent, world)):
+            for job in reversed(self.queue.store.rows.select(recent, world)):
                 if seconds := job.result.get("inference_time_s"):
                     demand.seconds.append(seconds)
         self._task = asyncio.get_running_loop().create_task(self._follow())
