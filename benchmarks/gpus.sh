@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What full-size models need GPUs for, in parts of a few minutes: benchmarks/gpus.sh PART [PART ...]
 #   two GPUs: tokens flow14 groups parallel_training
-#   one GPU:  kernels step small large adapters samples overfit
+#   one GPU:  kernels step streams small large adapters samples overfit
 # Results are written below $OUT, by default benchmarks/results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,6 +30,7 @@ step() {
     torchrun --standalone --nproc_per_node=1 benchmarks/tensor_parallel_step.py --model 4B \
         --model 12B --output "$out/step.json" --commit "$commit"
 }
+streams() { python benchmarks/streaming.py --output "$out/streaming.json" --commit "$commit"; }
 small() {
     training --case 4B-small
     training --case 4B-small --memory 80 --label "80 GB"

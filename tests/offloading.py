@@ -14,10 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from worldline.parallel.offload import Offloadable
+from worldline.parallel.offload import BlockPlan, Offloadable
 from worldline.step import Step
 from worldline.text.encoder import TextEncoder
 from worldline.world import World
+
+STREAMED = ("DiT", "FlowDiT", "T5Encoder", "Reason1Encoder")  # the others move whole
+
+
+def streamed(module: nn.Module, plan: BlockPlan) -> Offloadable[Any]:
+    """A module whose blocks are copied one after another, from a CPU to itself."""
+    part = Offloadable(module, "cpu", offload=True, blocks=plan)
+    part.offload = True
+    return part
 
 
 def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -34,8 +43,15 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     there: list[str] = []
     visits: list[str] = []
 
-    def made(part: Offloadable[Any], module: nn.Module, device: Any, *, offload: bool) -> None:
-        make(part, module, device, offload=offload)
+    def made(
+        part: Offloadable[Any],
+        module: nn.Module,
+        device: Any,
+        *,
+        offload: bool,
+        **options: Any,
+    ) -> None:
+        make(part, module, device, offload=offload, **options)
         part.offload = offload
         if offload:
             home[id(part)] = [(weight, weight.data) for weight in module.parameters()]
@@ -104,6 +120,8 @@ def check_offloading(
     assert video is not None
     reported = {flag.removeprefix("offload_"): flag in flags for flag in networks}
     assert video.report["offload"] == reported
+    streamed = [flag for flag in networks if flag in flags and networks[flag] in STREAMED]
+    assert video.report["streamed"] == [flag.removeprefix("offload_") for flag in streamed]
     for made in (frames_of, previews_of):
         assert np.array_equal(made(steps), made(resident))
     assert bool(len(previews_of(steps))) == bool(options.get("preview_every"))

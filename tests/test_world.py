@@ -28,6 +28,7 @@ from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 
 from . import tiny_decoder, tiny_diffusion, tiny_predict2_5
+from .adapters import write_peft
 from .conftest import MODEL, moving
 from .offloading import check_offloading
 
@@ -589,6 +590,26 @@ def test_offloaded_parts_are_there_while_they_are_used(
     flags = [*expected.networks][-1:] if single else [*expected.networks]
     check_offloading(
         partial(load, kind), clip, options, expected.networks, used, flags, monkeypatch
+    )
+
+
+@pytest.mark.parametrize("kind", GUIDING)
+def test_adapters_are_merged_into_what_is_streamed(
+    kind: str,
+    load: Callable[..., worldline.World],
+    worlds: dict[str, worldline.World],
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = KINDS[kind]
+    adapter = write_peft(kind, worlds[kind].opened.folder, tmp_path / "adapter", 5)
+    adapted = partial(load, kind, lora=adapter)
+    without = worlds[kind].generate(clip, **expected.options).frames
+    assert not np.array_equal(adapted().generate(clip, **expected.options).frames, without)
+    flags = [*expected.networks]
+    check_offloading(
+        adapted, clip, expected.options, expected.networks, expected.used, flags, monkeypatch
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,12 +17,13 @@ from worldline.errors import CheckpointError, InsufficientMemoryError, option
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
 from worldline.memory import Weights
-from worldline.parallel.offload import Offloadable
+from worldline.parallel.offload import BlockPlan, Offloadable
 from worldline.report import Recorder
 from worldline.repositories import model_name
 from worldline.request import Request
 from worldline.step import Step
 from worldline.video.read import Clip, Frames
+from worldline.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from worldline.guardrails.base import Guardrails
@@ -63,9 +64,9 @@ class Guards:
 
     @property
     def guardrail_bytes(self) -> int:
-        """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
+        """Bytes that the largest offloaded guardrail has on the device when it is used."""
         parts = self.parts.get("guardrail_models", ())
-        return max((part.nbytes for part in parts if part.offload), default=0)
+        return max((part.visiting_nbytes for part in parts if part.offload), default=0)
 
     @property
     def resident_bytes(self) -> int:
@@ -87,6 +88,11 @@ class Guards:
     def offloaded(self) -> dict[str, bool]:
         """What runs around the model, and whether it waits in host memory."""
         return {name: any(part.offload for part in parts) for name, parts in self.parts.items()}
+
+    @property
+    def streamed(self) -> list[str]:
+        """What of it comes to the device block by block."""
+        return [name for name, parts in self.parts.items() if any(p.streamed for p in parts)]
 
 
 @dataclass
@@ -281,25 +287,42 @@ def planned_weights(opened: Opened, requests: Sequence[Any]) -> dict[str, Weight
 
         files = sets.files(release, opened.place.roots, **_guardrail_options(opened))
         if sizes := _network_sizes(files):
-            largest = max(sizes)  # they come to the device one by one
-            weights["guardrail"] = Weights(sum(sizes), "offload_guardrail_models", largest)
+            # they come to the device one by one
+            largest = max(map(_streamed_bytes, sizes))
+            total = sum(sum(each.values()) for each in sizes)
+            weights["guardrail"] = Weights(total, "offload_guardrail_models", largest)
     if any(rewrites(opened, request) for request in requests):
         sizes = _network_sizes([*_upsampler_folder(opened)[0].iterdir()])
-        weights["upsample"] = Weights(sum(sizes), "offload_prompt_upsampler")
+        total = sum(sum(each.values()) for each in sizes)
+        streamed = sum(map(_streamed_bytes, sizes))
+        weights["upsample"] = Weights(total, "offload_prompt_upsampler", streamed)
     return weights
 
 
-def _network_sizes(files: Sequence[Path]) -> list[int]:
-    """Bytes of the weights in each folder, in one format; `original` holds others' again."""
+def _network_sizes(files: Sequence[Path]) -> list[dict[Path, int]]:
+    """Files of the weights in each folder and their bytes, in one format; `original` is a copy."""
     sizes = []
     for folder in {path.parent for path in files if path.parent.name != "original"}:
         inside = [path for path in files if path.parent == folder]
         formats = (
-            sum(path.stat().st_size for path in inside if path.suffix == suffix)
+            {path: path.stat().st_size for path in inside if path.suffix == suffix}
             for suffix in (".safetensors", ".bin", ".pt", ".pth")
         )
-        sizes.append(next(filter(None, formats), 0))
+        sizes.append(next(filter(None, formats), {}))
     return [*filter(None, sizes)]
+
+
+def _streamed_bytes(sizes: Mapping[Path, int]) -> int:
+    """Bytes on the device at most, of a network that is streamed if it is a language model."""
+    tensors: dict[str, int] = {}
+    for path in sizes:
+        if path.suffix not in (".safetensors", ".pt"):
+            return sum(sizes.values())
+        for name, tensor in open_checkpoint(path).tensors.items():
+            # names differ by release, but for those of vision towers
+            inner = name.replace("language_model.", "").removeprefix("model.")
+            tensors[f"model.{inner}"] = tensor.nbytes
+    return BlockPlan("model.layers").count(tensors)
 
 
 def files_of(opened: Opened, request: Any) -> list[Path]:

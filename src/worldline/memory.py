@@ -49,8 +49,8 @@ class Weights:
 
     Attributes:
         flag: offload flag that keeps them in host memory while they are not used.
-        streamed: bytes on the device while they are used and offloaded block by block; None where
-            offloading moves them whole.
+        streamed: bytes on the device while they are used and offloaded block by block, if only
+            where there is no room for all; None where offloading always moves them whole.
     """
 
     nbytes: int
@@ -104,11 +104,16 @@ class Plan:
         return max(self.need(stage, offloaded) for stage in self.stages)
 
     def describe(self, offloaded: Collection[str] = ()) -> str:
-        """Gigabytes of each stage."""
-        needs: dict[str, int] = {}
+        """Gigabytes of each stage, and which stream their weights."""
+        needs: dict[tuple[str, str], int] = {}
         for stage in self.stages:
-            needs[stage.name] = max(needs.get(stage.name, 0), self.need(stage, offloaded))
-        return ", ".join(f"{name} {need / GIGABYTE:.1f} GB" for name, need in needs.items())
+            weights = self.weights.get(stage.uses)
+            streamed = weights and weights.flag in offloaded and weights.streamed is not None
+            key = stage.name, " (streamed)" if streamed else ""
+            needs[key] = max(needs.get(key, 0), self.need(stage, offloaded))
+        return ", ".join(
+            f"{name} {need / GIGABYTE:.1f} GB{way}" for (name, way), need in needs.items()
+        )
 
     def fit(self, device: torch.device, memory: Memory, offloaded: Collection[str] = ()) -> Fit:
         """The fewest offload flags, beside those in `offloaded`, with which the plan fits.

@@ -386,9 +386,11 @@ def describe_plan(
 ) -> Iterator[str]:
     """Lines about the memory that each process of a group needs, and has."""
     memory, count = device_memory(compute.device), compute.mesh.video.count
+    cuda = compute.device.type == "cuda"  # elsewhere offloading moves nothing
     names = [f"memory of the first of {count} processes", "memory of each other"]
     for name, mesh in zip(names if count > 1 else ["memory"], compute.mesh.roles(), strict=True):
-        stages = needed(replace(compute, mesh=mesh)).describe(opened.options.offloaded)
+        plan = needed(replace(compute, mesh=mesh))
+        stages = plan.describe(opened.options.offloaded if cuda else ())
         yield f"{name} on {compute.device.type}: {stages}; {memory}"
 
 

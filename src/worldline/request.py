@@ -388,9 +388,13 @@ ContextParallel = Annotated[
 ]
 
 
-def offload(subject: str, default: bool = False) -> Any:
-    """Field of a flag that keeps a part in host memory while it is not used."""
-    return Field(default, description=f"Keep the {subject} in host memory while not in use.")
+def offload(subject: str, default: bool = False, *, streamed: bool = False) -> Any:
+    """Field of a flag that keeps a part in host memory while it is not used.
+
+    A `streamed` one has two blocks on the GPU while it is used.
+    """
+    use = "; in use, its blocks come to the GPU one by one." if streamed else " while not in use."
+    return Field(default, description=f"Keep the {subject} in host memory{use}")
 
 
 def _listed(value: Any) -> Any:
@@ -467,5 +471,5 @@ class T5Options(LoadOptions):
     text_encoder_dtype: Literal["bfloat16", "float32"] | None = Field(
         None, description="Precision of T5.  [default: bfloat16 on a GPU, else float32]"
     )
-    offload_text_encoder_model: bool = offload("text encoder")
+    offload_text_encoder_model: bool = offload("text encoder", streamed=True)
     offload_tokenizer: bool = offload("tokenizer")

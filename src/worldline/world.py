@@ -521,6 +521,10 @@ class World:
                 **{flag.removeprefix("offload_"): part.offload for flag, part in loaded.items()},
                 **self.guards.offloaded,
             },
+            "streamed": [
+                *(flag.removeprefix("offload_") for flag, part in loaded.items() if part.streamed),
+                *self.guards.streamed,
+            ],
             "prompt_truncation": recorder.facts.get("prompt_truncation", {}),
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import tqdm
@@ -25,6 +26,7 @@ from worldline.video.read import probe
 from worldline.weights.checkpoint import save
 
 from ..conftest import frames_of
+from ..offloading import stand_for_a_gpu
 from ..tiny_diffusion import (
     CONTEXT_WIDTH,
     CONTINUOUS,
@@ -74,6 +76,21 @@ def test_text_to_video(text2world: Make, tmp_path: Path) -> None:
         assert part in result.stdout
     for part in ("encoding the prompt", f"denoising in {DEFAULTS['num_steps']} steps", "decoding"):
         assert part in result.stderr
+
+
+def test_the_line_of_a_video_names_what_is_streamed(
+    text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = text2world("--prompt", PROMPT)
+    assert "streamed" not in whole.stdout
+    frames = frames_of(tmp_path / "out" / "output.mp4")
+    stand_for_a_gpu(monkeypatch)
+    flags = ("--offload_tokenizer", "--offload_diffusion_transformer")
+    result = text2world("--prompt", PROMPT, *flags)
+    assert result.exit_code == 0, result.stderr
+    assert "streamed diffusion_transformer, " in result.stdout
+    assert report_of(tmp_path)["streamed"] == ["diffusion_transformer"]
+    assert np.array_equal(frames_of(tmp_path / "out" / "output.mp4"), frames)
 
 
 @pytest.mark.parametrize("given", [1, 9])

@@ -15,11 +15,10 @@ from torch import Tensor
 from worldline.families.autoregressive.decoder import SIGMA_MIN, decode_windows
 from worldline.families.autoregressive.family import Decoding
 from worldline.families.autoregressive.request import ARRequest
-from worldline.families.diffusion.model import BLOCKS
+from worldline.families.diffusion.model import DiT
 from worldline.family import Parts
 from worldline.parallel.halo import SharedRows
 from worldline.parallel.mesh import Axis
-from worldline.parallel.offload import StreamedModule
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, sample
 from worldline.sampling.solvers import finish, standard_noise
@@ -30,6 +29,7 @@ from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.video.convert import signed_to_uint8
 
 from ..conftest import MODEL
+from ..offloading import streamed
 from .worlds import CPU, load_named
 
 
@@ -120,9 +120,9 @@ def test_streamed_blocks_change_nothing(parts: Parts) -> None:
     """As `--offload_diffusion_decoder` has it on a GPU: two blocks are there at a time."""
     tokens = ids(12)
     expected = run(parts, tokens)
-    part = StreamedModule(parts.loaded["decoder"].module, CPU, BLOCKS)
-    streamed = replace(parts, loaded={**parts.loaded, "decoder": part})
-    for found, wanted in zip(run(streamed, tokens), expected, strict=True):
+    part = streamed(parts.loaded["decoder"].module, DiT.BLOCKS)
+    offloaded = replace(parts, loaded={**parts.loaded, "decoder": part})
+    for found, wanted in zip(run(offloaded, tokens), expected, strict=True):
         assert torch.equal(found, wanted)
     assert torch.equal(run(parts, tokens)[0], expected[0])
 

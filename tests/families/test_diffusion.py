@@ -17,10 +17,9 @@ import torch
 from worldline.errors import CheckpointError, InputError
 from worldline.families import denoise
 from worldline.families.diffusion import family
-from worldline.families.diffusion.model import BLOCKS
+from worldline.families.diffusion.model import DiT
 from worldline.family import Opened, Parts
 from worldline.nn.pieces import fit_colours
-from worldline.parallel.offload import StreamedModule
 from worldline.report import Recorder
 from worldline.request import NEGATIVE_PROMPT
 from worldline.sampling.edm import Conditioning, make_sigmas, sample
@@ -32,6 +31,7 @@ from worldline.video.read import Clip
 from worldline.weights.checkpoint import save
 
 from ..conftest import moving
+from ..offloading import streamed
 from ..tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD
 from . import worlds
 from .worlds import CPU, PROMPT, clip, frames_of, load_named, open_named, pieces_of, without_text
@@ -208,8 +208,8 @@ def test_closed_in_the_middle(video2world: Parts, kind: str) -> None:
     """Weights go home, and neither the caller nor the next request notices."""
     whole = frames_of(run(video2world, clip(), num_input_frames=9))
     module = video2world.transformer.module
-    streamed = StreamedModule(module, CPU, BLOCKS)
-    parts = replace(video2world, loaded={**video2world.loaded, "transformer": streamed})
+    part = streamed(module, DiT.BLOCKS)
+    parts = replace(video2world, loaded={**video2world.loaded, "transformer": part})
     home = [parameter.data_ptr() for parameter in module.parameters()]
     recorder = Recorder(CPU)
     steps = family.generate(parts, clip(), checked(parts.opened, num_input_frames=9), recorder)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from worldline.errors import CheckpointError
-from worldline.guardrails.base import Verdict
+from worldline.errors import CheckpointError, GuardrailRefusal
+from worldline.guardrails.base import Guardrails, Verdict
 from worldline.guardrails.language import (
     AEGIS,
     LLAMA_GUARD_3,
@@ -23,6 +23,7 @@ from worldline.guardrails.language import (
     LanguageGuard,
     aegis_prompt,
 )
+from worldline.guards import _streamed_bytes
 
 # what each last word of a prompt is answered with, before the end
 ANSWERS = {
@@ -57,7 +58,7 @@ def write_model(folder: Path, kind: GuardModel, answers: dict[str, str] | None =
         vocab_size=len(ids),
         hidden_size=32,
         intermediate_size=8,
-        num_hidden_layers=1,
+        num_hidden_layers=3,
         num_attention_heads=2,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -67,9 +68,9 @@ def write_model(folder: Path, kind: GuardModel, answers: dict[str, str] | None =
     network = LlamaForCausalLM(config)
     with torch.no_grad():
         network.model.embed_tokens.weight.copy_(torch.eye(len(ids), 32))
-        layer = network.model.layers[0]
-        layer.self_attn.o_proj.weight.zero_()  # so that a token is all that the head sees
-        layer.mlp.down_proj.weight.zero_()
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()  # so that a token is all that the head sees
+            layer.mlp.down_proj.weight.zero_()
         network.lm_head.weight.zero_()
         for word, answer in answers.items():
             network.lm_head.weight[ids[answer], ids[word]] = 1
@@ -104,6 +105,25 @@ def test_llama_guard_3(tmp_path: Path) -> None:
     assert refused.reasons == ("Violent Crimes", "Indiscriminate Weapons")
     assert guard.check("draw the dagger") == refused  # nothing is drawn at random
     assert guard.check("a riddle").reasons == ("unreadable",)
+
+
+def test_streamed(tmp_path: Path) -> None:
+    """Two of three layers are there at a time, as planned by the file, which is in float32."""
+    guard = load(tmp_path, LLAMA_GUARD_3)
+    chain = Guardrails([guard])
+    part = chain.parts[guard.name]
+    whole = part.visiting_nbytes
+    part.offload = True  # as on a GPU
+    assert part.streamed
+    layer = sum(weight.nbytes for weight in guard.networks[0].model.layers[0].parameters())
+    assert part.visiting_nbytes == whole - layer
+    [path] = (tmp_path / LLAMA_GUARD_3.released).glob("*.safetensors")
+    assert _streamed_bytes({path: path.stat().st_size}) == 2 * part.visiting_nbytes
+    assert _streamed_bytes({tmp_path / "faces.pth": 7}) == 7
+    for _ in range(2):
+        assert chain.check_prompt("pet the kitten")[0]["verdict"] == "safe"
+        with pytest.raises(GuardrailRefusal, match="Violent Crimes, Indiscriminate Weapons"):
+            chain.check_prompt("draw the dagger")
 
 
 def test_qwen3guard(tmp_path: Path) -> None:

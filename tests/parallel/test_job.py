@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -28,6 +29,22 @@ from worldline.parallel.mesh import Axis
 from .jobs import TORCHRUN, WORLDLINE, start
 
 # --- this process among others, by its environment
+
+
+def test_what_names_processes_that_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    inherited = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "x", "TORCHELASTIC_RUN_ID": "y"}
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    [alone] = job.environments(1, 5)
+    assert not alone.keys() & {*inherited, "OMP_NUM_THREADS"}
+    several = job.environments(3, 5)
+    for rank, one in enumerate(several):
+        assert (one["RANK"], one["WORLD_SIZE"], one["MASTER_PORT"]) == (str(rank), "3", "5")
+        assert "TORCHELASTIC_RUN_ID" not in one
+        assert 1 <= 3 * int(one["OMP_NUM_THREADS"]) <= max(3, os.cpu_count() or 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert job.environments(3, 5)[2]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(

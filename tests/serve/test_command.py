@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from worldline.cli.serve import choose_worlds, default_worlds, family_of, listen, read_keys
+from worldline.cli.serve import Machine, choose_worlds, default_worlds, family_of, listen, read_keys
 from worldline.errors import InputError
 from worldline.serve.security import refuse_open_host
 
@@ -115,7 +116,9 @@ def test_refused_starts() -> None:
     for words, named in (
         (["--host", "0.0.0.0"], "--api_key_file"),
         (["tiny-Cosmos-Predict2.5-2B", "--num_gpus", "2"], "--gpus_per_worker"),
-        (["tiny-Cosmos-Predict2.5-2B", "--gpus_per_worker", "2"], "--workers ray"),
+        (["tiny-Cosmos-Predict2.5-2B", "--context_parallel_size", "2"], "--gpus_per_worker"),
+        (["tiny-Cosmos-Predict2.5-2B", "--data_parallel", "2"], "--workers"),
+        (["tiny-Cosmos-Predict2.5-2B", "--min_workers", "2"], "--workers ray"),
         (["tiny-nothing"], "tiny-nothing"),
         (["--port", "99999"], "port"),
         (["--workers", "0"], "workers"),
@@ -123,6 +126,49 @@ def test_refused_starts() -> None:
         done = run("serve", *words)
         assert (done.returncode, named in done.stderr) == (2, True), done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_numbers_of_gpus_that_a_world_refuses() -> None:
+    for words, named in (
+        (["tiny-Cosmos-Predict1-4B", "--device", "cpu"], ("num_kv_heads", "(2)", "1 or 2")),
+        (["tiny-Cosmos-Predict2.5-2B", "--device", "cuda:1"], ("--device cuda:1", "3 processes")),
+        (["tiny-Cosmos-Predict2.5-2B", "--device", "cuda"], ("GPU", "--device cpu")),
+    ):
+        done = run("serve", *words, "--gpus_per_worker", "3", "--port", "0")
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        for word in ("--gpus_per_worker 3", *named):
+            assert word in done.stderr
+
+
+def test_flags_of_commands_alone_are_not_listed() -> None:
+    lines = run("serve", "--help").stdout
+    for name in ("--num_gpus", "--data_parallel", "--context_parallel_size "):
+        assert f"  {name}" not in lines
+    assert "  --gpus_per_worker" in lines
+
+
+def test_workers_take_the_gpus_of_a_machine_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(visible: str, gpus: int, device: str | None = None) -> list[Any]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        machine = Machine(gpus, device)
+        workers: list[Any] = [machine.worker("w", f"w/{place}", {}, "w") for place in range(3)]
+        assert {worker.processes for worker in workers} == {max(1, gpus)}
+        assert [worker.devices for worker in workers][: len(machine.groups)] == machine.groups
+        return [worker.devices for worker in workers]
+
+    assert devices("4,5,6,7", 2) == [["4", "5"], ["6", "7"], ["4", "5"]]
+    assert devices("4,5,6,7", 2, "cuda") == [["4", "5"], ["6", "7"], ["4", "5"]]
+    assert devices("0,1,2,3,4", 2) == [["0", "1"], ["2", "3"], ["0", "1"]]  # one is not used
+    assert devices("0,1", 1) == [["0"], ["1"], ["0"]]
+    assert devices("0,1", 2) == [["0", "1"]] * 3
+    for nowhere in (("", 2), ("0,1", 2, "cpu"), ("0,1", 1, "cuda:1"), ("0,1", 0)):
+        assert devices(*nowhere) == [None] * 3  # type: ignore[arg-type]
+    options: Any = [Machine(gpus, None).worker("w", "w/0", {}, "w") for gpus in (0, 1)]
+    assert [each.options for each in options] == [{"device": "cpu"}, {}]
+    with pytest.raises(InputError, match=r"--gpus_per_worker 3.*2 GPUs"):
+        devices("0,1", 3)
 
 
 @pytest.mark.slow

@@ -759,6 +759,34 @@ def test_what_a_killed_server_left(tmp_path: Path) -> None:
     run(test())
 
 
+def test_jobs_of_a_world_that_is_no_longer_served(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    states = [
+        job(model="before"),
+        job(),
+        job(model="before", status="in_progress", attempts=1),
+        job(model="before", status="in_progress", attempts=1),
+    ]
+    for one in states:
+        store.add(one, None)
+    FakeWorker("before", "before/0")._write(store.task(states[3].id))
+    store.close()
+
+    async def test() -> None:
+        script = Script()
+        async with queue(tmp_path, script, queue_size=1) as q:
+            ended = [await q.wait(one.id) for one in states]
+            # files of the last one were whole
+            statuses = ["failed", "completed", "failed", "completed"]
+            assert [one.status for one in ended] == statuses
+            for one in (ended[0], ended[2]):
+                assert (one.error_code, one.error_param) == ("model_not_found", "model")
+                assert "before" in str(one.error_message)
+            assert runs(script) == [(states[1].id,)]
+
+    run(test())
+
+
 def test_old_jobs_are_removed(tmp_path: Path) -> None:
     async def test() -> None:
         settings = {"keep_hours": 0.5 / 3600, "flush_seconds": 0.05}

@@ -221,7 +221,7 @@ def test_an_actor_killed_in_a_job(server: Server) -> None:
 def test_a_burst_of_jobs(server: Server) -> None:
     async def test() -> None:
         await server.ready()
-        options = {"max_workers": 2, "target_wait_s": 0.2, "idle_s": 0.5, "gpus_per_worker": 0}
+        options = {"max_workers": 2, "target_wait_s": 0.2, "idle_s": 0.5}
         scaler = Autoscaler(server.queue, RayOptions.parse(options), look_s=0.1, down_s=0.5)
         scaler.start()
         slots = server.queue.pool.slots["w"]

@@ -325,6 +325,7 @@ def test_a_batch(
     events = run(drawing, tasks, react)
     ends = [events.last(task.id)["event"] for task in tasks]
     assert ends == ["done", "failed", "cancelled", "done"]
+    assert not (tmp_path / tasks[2].id).exists()
     failed = events.last(tasks[1].id)
     assert (failed["code"], failed["param"]) == ("guardrail_refused", "prompt")
     assert failed["message"] == "A guardrail refused the prompt."

@@ -19,6 +19,7 @@ from worldline.text.encoder import EmbeddingCache
 from worldline.text.reason1 import (
     END,
     NUM_PARAMETERS,
+    NUM_STREAMED,
     PAD,
     START,
     SYSTEM,
@@ -297,11 +298,12 @@ def test_sizes_of_a_config(own: Path, form: str) -> None:
     files = Reason1Files.open(own)
     with torch.device("meta"):
         network = Reason1Encoder(files.config, None, 1).network
-    count = sum(parameter.numel() for parameter in network.parameters())
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    count, streamed = sum(sizes.values()), files.blocks.count(sizes)
     if form == "tiny":
-        assert files.num_parameters == count
+        assert (files.num_parameters, files.num_streamed) == (count, streamed)
     else:
-        assert (files.width, count) == (100_352, NUM_PARAMETERS)
+        assert (files.width, count, streamed) == (100_352, NUM_PARAMETERS, NUM_STREAMED)
         assert network.config.rope_parameters["rope_theta"] == 5e5
         assert network.config.rms_norm_eps == 1e-6
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tiny.encoders import export_t5, new_t5
 from worldline.errors import CheckpointError
-from worldline.text.t5 import NUM_PARAMETERS, ByteTokenizer, T5Encoder, T5Files
+from worldline.text.t5 import NUM_PARAMETERS, NUM_STREAMED, ByteTokenizer, T5Encoder, T5Files
 from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
 
 # config.json of google-t5/t5-11b, as far as it is about the encoder
@@ -161,7 +161,9 @@ def test_on_a_gpu(exported: Path, dtype: torch.dtype) -> None:
 def test_parameters_of_the_released_encoder() -> None:
     with torch.device("meta"):
         network = T5Encoder(RELEASED, None, 1).network
-    assert sum(parameter.numel() for parameter in network.parameters()) == NUM_PARAMETERS
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    assert sum(sizes.values()) == NUM_PARAMETERS
+    assert T5Files.blocks.count(sizes) == NUM_STREAMED
 
 
 # --- files
@@ -180,7 +182,10 @@ def test_an_opened_folder(exported: Path) -> None:
     files = T5Files.open(exported)
     assert (files.folder, files.width, files.max_length) == (exported, 64, 128)
     assert files.check() == 0
-    assert files.num_parameters == sum(weight.numel() for weight in loaded(exported).parameters())
+    network = loaded(exported).network
+    sizes = {name: weight.numel() for name, weight in network.named_parameters()}
+    assert files.num_parameters == sum(sizes.values())
+    assert files.num_streamed == files.blocks.count(sizes)
     names = {path.name for path in files.files}
     assert names == {"config.json", "model.safetensors", "tokenizer_config.json"}
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration, MistralForCausalLM
 
 from worldline.errors import CheckpointError, Error, NonFiniteError
+from worldline.guards import _streamed_bytes
 from worldline.text import upsampler as upsamplers
 from worldline.text.upsampler import (
     MEAN,
@@ -23,6 +24,7 @@ from worldline.text.upsampler import (
     released_config,
     shrunk,
 )
+from worldline.weights.checkpoint import open_checkpoint
 
 from ..tiny_guards import (
     CAPTION,
@@ -140,6 +142,40 @@ def test_a_seed_gives_the_same_words(tmp_path: Path) -> None:
     drawn = [upsampler._answer("[INST]x[/INST]", seed) for seed in (1, 1, 2, 3, 4, 5)]
     assert drawn[0] == drawn[1]
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("released", [True, False])
+@pytest.mark.parametrize("describes", [False, True])
+def test_streamed_where_there_is_no_room(
+    describes: bool, released: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same words, and as much on the device as its files let expect; else it moves whole."""
+    folder = add_upsampler(tmp_path, describes=describes, released=released)
+    upsampler = load(folder, describes=describes)
+    part, inputs = upsampler.part, (None, FRAME) if describes else ("a kitten", None)
+    part.offload = True  # as on a GPU
+    answer, calls = upsampler.write(*inputs), []
+    assert not part.streamed
+    whole = part.visiting_nbytes
+    assert part.blocks is not None
+    for layer in part.module.get_submodule(part.blocks.blocks):
+        layer.register_forward_hook(lambda layer, *_: calls.append(weights_of(layer)))
+    monkeypatch.setattr(part, "_has_room", lambda: False)
+    assert upsampler.write(*inputs) == answer
+    assert part.streamed
+    layers = len(part.module.get_submodule(part.blocks.blocks))  # type: ignore[arg-type]
+    assert len(set(calls)) == min(2, layers)
+    layer = part.blocks.split(part.module)[0].values()
+    assert part.visiting_nbytes == whole + (2 - layers) * sum(weight.nbytes for weight in layer)
+    [file] = [path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors")]
+    planned = _streamed_bytes({file: file.stat().st_size})
+    stored = sum(tensor.nbytes for tensor in open_checkpoint(file).tensors.values())
+    assert planned / stored == pytest.approx(part.visiting_nbytes / whole, rel=1e-3)
+
+
+def weights_of(layer: torch.nn.Module) -> int:
+    """Where the first matrix of a layer lies."""
+    return next(layer.parameters()).data_ptr()
 
 
 def test_what_the_picture_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tiny.export import cosmos_tensors, draw_weights
 from worldline.errors import CheckpointError
@@ -58,6 +59,16 @@ def test_gradients_reach_the_encoder_through_the_quantiser() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
     assert float(model.encoder.conv_in.space.weight.grad.abs().sum()) > 0
+
+
+def test_training_waits_for_no_number() -> None:
+    """A step can be recorded as a CUDA graph: numbers of fake tensors cannot be asked for."""
+    model = build(VARIANTS["DV8x16x16"]).requires_grad_(True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        video = mode.from_tensor(clip(model, 2))
+        model.reconstruct(video).square().mean().backward()
+        with torch.no_grad(), pytest.raises(DataDependentOutputException):
+            model.reconstruct(video)
 
 
 def test_released_sizes() -> None:

@@ -134,9 +134,7 @@ def processes_to_start(options: LoadOptions) -> int:
         import torch
 
         count = max(1, torch.cuda.device_count() if options.device != "cpu" else 0)
-    device = job.own_device(options.device, count)
-    if device == "cpu" and count > (most := max(8, os.cpu_count() or 1)):
-        raise InputError(f"{count} processes are too many for this CPU; give at most {most}")
+    job.own_device(options.device, count)
     return count
 
 
@@ -378,6 +376,7 @@ def save(video: Video, item: Item, quality: Mapping[str, Any]) -> str:
         f"{run['seconds']:.1f} s ({stages})",
         f"{clips} in step" if (clips := report.get("clips_at_once", 1)) > 1 else "",
         *(f"{report[key]} {unit}" for key, unit in _RATES.items() if report.get(key)),
+        f"streamed {' and '.join(streamed)}" if (streamed := report.get("streamed")) else "",
         f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}",
         f"torch {report['torch']}",
         report.get("attention"),

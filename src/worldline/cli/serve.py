@@ -20,12 +20,13 @@ from pydantic import Field
 from worldline.catalog import BUNDLED_PREFIX, find
 from worldline.cli.messages import results
 from worldline.cli.options import ManyValues, parameters, parsed, stated
-from worldline.errors import Error, InputError, strerror
+from worldline.errors import Error, InputError, counted, strerror
 from worldline.family import FAMILIES, requests_of
 from worldline.locate import bundled_names, locate
 from worldline.request import Count
 from worldline.serve.scaling import Autoscaler, RayOptions, import_cluster
 from worldline.serve.settings import Access, AppSettings
+from worldline.serve.sharing import refuse_unless_shared
 
 if TYPE_CHECKING:
     from worldline.serve.jobs import Queue
@@ -54,8 +55,15 @@ class ServeFlags(RayOptions, AppSettings):
     )
     workers: Count | Literal["auto", "ray"] = Field(
         "auto",
-        description="Processes of each world; auto: one for each GPU, else one; ray: actors of a "
-        "Ray cluster, as many as waiting jobs ask for.",
+        description="Workers of each world; auto: as many as there are GPUs for, at least one; "
+        "ray: actors of a Ray cluster, as many as waiting jobs ask for.",
+    )
+    gpus_per_worker: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="GPUs of one machine that make a video together, processes where there is no "
+        "GPU; 0 runs on CPUs.",
     )
     api_key_file: Path | None = Field(
         None, strict=False, description=f"File of API keys, one a line.  [default: {KEY}]"
@@ -77,6 +85,14 @@ class ServeFlags(RayOptions, AppSettings):
     )
 
 
+# load options of commands that a server has others for -> its own, and what they choose
+_REPLACED = {
+    "num_gpus": ("gpus_per_worker", "GPUs share a video"),
+    "context_parallel_size": ("gpus_per_worker", "GPUs share a video"),
+    "data_parallel": ("workers", "workers make different videos"),
+}
+
+
 class ServeCommand(ManyValues):
     """The command; --allow_url_inputs may stand without a value."""
 
@@ -96,6 +112,8 @@ def load_parameters() -> list[click.Parameter]:
     options: dict[str, click.Parameter] = {}
     for family in FAMILIES:
         for option in parameters(requests_of(family).OPTIONS):
+            if isinstance(option, click.Option):
+                option.hidden = option.name in _REPLACED
             options.setdefault(str(option.name), option)
     return list(options.values())
 
@@ -120,7 +138,7 @@ def serve(context: click.Context, /, **_: object) -> None:
     refuse_misplaced(flags, context)
     access = Access(host=flags.host, keys=keys)
     listener = listen(flags.host, flags.port)
-    with listener, closing(connected(flags)) as cluster:
+    with listener, closing(connected(flags, worlds, context.params["device"])) as cluster:
         asyncio.run(run(flags, access, worlds, listener, cluster))
 
 
@@ -128,31 +146,72 @@ def refuse_misplaced(flags: ServeFlags, context: click.Context) -> None:
     """Refuse flags of a cluster without one, and flags that a cluster has others for."""
     if flags.workers != "ray" and (typed := [*stated(context, RayOptions.model_fields)]):
         raise InputError(f"--{typed[0]}: it is of --workers ray; give that, or leave it out")
-    if typed := [*stated(context, ("num_gpus", "data_parallel"))]:
-        advice = "GPUs that share a video are --workers ray --gpus_per_worker N; give these"
-        raise InputError(f"--{typed[0]}: {advice}, or leave it out")
+    for name in stated(context, _REPLACED):
+        own, choice = _REPLACED[name]
+        raise InputError(f"--{name}: --{own} N is how many {choice}; give that, or leave it out")
 
 
 class Machine:
-    """This machine, in place of a cluster."""
+    """This machine, in place of a cluster.
+
+    Attributes:
+        gpus: of each worker; 0 for none.
+        groups: GPUs that the workers of a world take in turn; None: as each finds them.
+    """
+
+    def __init__(self, gpus: int, device: str | None) -> None:
+        """A machine without workers.
+
+        Args:
+            gpus: of each worker.
+            device: load option, as it was typed.
+
+        Raises:
+            InputError: it has fewer GPUs.
+        """
+        self.gpus = gpus
+        found = visible_devices() if gpus and device in (None, "cuda") else []
+        if 0 < len(found) < gpus:
+            count = counted(len(found), "GPU")
+            raise InputError(
+                f"--gpus_per_worker {gpus}: this machine has {count}; give at most {len(found)}, "
+                "or --device cpu"
+            )
+        starts = range(0, len(found) - gpus + 1, max(1, gpus)) if found else ()
+        self.groups: list[list[str] | None] = [found[at : at + gpus] for at in starts]
+        self.groups = self.groups or [None]
 
     def worker(self, world: str, name: str, options: Mapping[str, Any], place: str) -> Worker:
-        """A process whose number chooses the GPU."""
-        return local_worker(World(world, place, options), name, visible_devices())
+        """A worker whose number chooses its GPUs."""
+        from worldline.serve.workers import LocalWorker
+
+        worker: Worker = LocalWorker(
+            world,
+            name,
+            {**({} if self.gpus else {"device": "cpu"}), **options},
+            processes=max(1, self.gpus),
+            devices=self.groups[int(name.rpartition("/")[2]) % len(self.groups)],
+            place=place,
+        )
+        return worker
 
     def close(self) -> None:
         """Nothing is connected."""
 
 
-def connected(flags: ServeFlags) -> Any:
+def connected(flags: ServeFlags, worlds: Sequence[World], device: str | None) -> Any:
     """What makes workers: this machine, or a connection to a cluster.
 
     Raises:
+        InputError: the GPUs of this machine, or a world, are too few or wrong for a worker.
         Error: Ray is not installed, or there is no cluster at the address.
     """
-    if flags.workers != "ray":
-        return Machine()
-    return import_cluster()(flags.address, flags.gpus_per_worker)
+    if flags.workers == "ray":
+        return import_cluster()(flags.address, flags.gpus_per_worker)
+    machine = Machine(flags.gpus_per_worker, device)
+    if machine.gpus > 1:
+        refuse_unless_shared(machine.gpus, [(world.place, world.options) for world in worlds])
+    return machine
 
 
 def import_server() -> None:
@@ -323,8 +382,9 @@ async def run(
             made: Worker = cluster.worker(world, name, by_name[world].options, by_name[world].place)
             return made
 
-        count = {"auto": max(1, len(visible_devices())), "ray": flags.min_workers}
-        number = count[flags.workers] if isinstance(flags.workers, str) else flags.workers
+        number = flags.min_workers if flags.workers == "ray" else flags.workers
+        if number == "auto":
+            number = len(cluster.groups)
         workers = {
             world: [make_worker(world, f"{world}/{place}") for place in range(number)]
             for world in by_name
@@ -375,15 +435,3 @@ def visible_devices() -> list[str]:
         files = [path.name for path in Path("/dev").glob("nvidia*")]
         return [str(n) for n in range(sum(name[6:].isdecimal() for name in files))]
     return []
-
-
-def local_worker(world: World, name: str, devices: Sequence[str]) -> Worker:
-    """A process of this machine; its number chooses the GPU."""
-    from worldline.serve.workers import LocalWorker
-
-    number = int(name.rpartition("/")[2])
-    chosen = [devices[number % len(devices)]] if devices else None
-    if "device" in world.options:
-        chosen = None  # the caller chose
-    worker = LocalWorker(world.name, name, world.options, devices=chosen, place=world.place)
-    return worker

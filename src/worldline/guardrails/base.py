@@ -33,8 +33,9 @@ class Verdict:
 class Guardrails:
     """Guardrails in the order of use; the first refusal ends a check.
 
-    Each has a `name` and `networks`, which run where their weights are. A classifier of prompts or
-    videos has `check(prompt or frames) -> Verdict`; a filter, such as one that blurs faces,
+    Each has a `name` and `networks`, which run where their weights are, and may have a plan of the
+    `blocks` of these, by which they are streamed where they are offloaded. A classifier of prompts
+    or videos has `check(prompt or frames) -> Verdict`; a filter, such as one that blurs faces,
     `apply(frames) -> (frames of the same shape, number of regions that were changed)`.
 
     Attributes:
@@ -52,7 +53,12 @@ class Guardrails:
     ) -> None:
         self.text, self.video, self.filters = text, video, filters
         self.parts = {
-            guard.name: Offloadable(nn.ModuleList(guard.networks), device, offload=offload)
+            guard.name: Offloadable(
+                nn.ModuleList(guard.networks),
+                device,
+                offload=offload,
+                blocks=getattr(guard, "blocks", None),
+            )
             for guard in (*text, *video, *filters)
         }
 

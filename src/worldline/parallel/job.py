@@ -45,6 +45,7 @@ GRACE_S = 4.0  # to remove temporary files, before a process ends in mid-call
 EVIDENCE = 4  # beats in which the failure of another process becomes known
 LOST = 76  # exit status of a launched process that lost the others: the launcher knows why
 _LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
+LISTENER = "WORLDLINE_LISTENER"  # there, too, of rank 0: the socket of the store, if it is open
 _ELASTIC = "TORCHELASTIC_"  # begins the names in the environment that only torchrun sets
 _LEFT = b"left"
 _INTERRUPTED = (129, 130, 143)
@@ -275,8 +276,10 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
     job = "/".join(["worldline", *(os.environ.get(n, "") for n in names), str(next(_meetings))])
 
     def connect(master: bool) -> Any:
+        listener = os.environ.pop(LISTENER, None) if master else None
+        more = {} if listener is None else {"master_listen_fd": int(listener)}
         wait = timedelta(seconds=RENDEZVOUS_S)
-        return dist.PrefixStore(job, dist.TCPStore(host, port, None, master, wait, False))
+        return dist.PrefixStore(job, dist.TCPStore(host, port, None, master, wait, False, **more))
 
     same = hashlib.sha256(json.dumps([version("worldline"), *command]).encode()).hexdigest()
     try:
@@ -356,7 +359,8 @@ def own_device(name: str | None, count: int = 0) -> str | None:
         count: processes that are to start on this machine; 0 asks for those of the job.
 
     Raises:
-        InputError: there are more processes than GPUs, or the device is a single one.
+        InputError: there are more processes than GPUs, or too many to start for the CPU, or the
+            device is a single one.
     """
     total = count or (1 if _alone else meet().count)
     if total == 1:
@@ -375,6 +379,8 @@ def own_device(name: str | None, count: int = 0) -> str | None:
             gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in gpus]
     visible = [gpus] * count or _every(_store, "gpus", gpus)
     if name == "cpu" or not (name or any(visible)):
+        if count > (most := max(8, os.cpu_count() or 1)):
+            raise InputError(f"{count} processes are too many for this CPU; give at most {most}")
         return "cpu"
     return f"cuda:{gpus.index(deal_gpus(visible)[_here.rank])}"
 
@@ -576,6 +582,36 @@ def _at_exit() -> None:
     leave(together=False)  # others may have more to do
 
 
+def variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """What names a process among those of its job in the environment, as torchrun on one machine.
+
+    Args:
+        rank: from 0.
+        count: processes of the job.
+        port: where they meet.
+    """
+    place = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in place.items()}}
+
+
+def environments(count: int, port: int) -> list[dict[str, str]]:
+    """Environment of each of `count` processes that are to start on this machine.
+
+    Several share its cores; none is of the job that this process is of.
+    """
+    names = variables(0, 1, 0)
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith((_ELASTIC, _LAUNCHED)) and name not in names
+    }
+    if count == 1:
+        return [inherited]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    inherited["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or threads
+    return [inherited | variables(rank, count, port) for rank in range(count)]
+
+
 def launch(words: Sequence[str], count: int, patience_s: float = GRACE_S + 2 * BEAT_S) -> int:
     """Run a command in `count` processes on this machine; the exit status of the first to fail.
 
@@ -588,22 +624,12 @@ def launch(words: Sequence[str], count: int, patience_s: float = GRACE_S + 2 * B
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        _LAUNCHED: os.getpid(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
-        or max(1, (os.cpu_count() or 1) // count),
-    }
-    inherited = {n: v for n, v in os.environ.items() if not n.startswith(_ELASTIC)}
     # as this process found the package: from the working directory, or not
     safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(count):
-            own = {**shared, "RANK": rank}
-            environment = inherited | {name: str(value) for name, value in own.items()}
+        for environment in environments(count, port):
+            environment[_LAUNCHED] = str(os.getpid())
             command = [sys.executable, *safe, "-m", "worldline", *words]
             # of a session of its own: Ctrl-C comes here alone, and is passed on once
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))

@@ -1,20 +1,24 @@
 """Networks that wait in host memory until they are used, or that processes hold parts of."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.parallel.mesh import Axis
+from worldline.parallel.pinned import pin
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _SLOTS = 2  # the block that computes, and the one that arrives
+_BESIDE = 3_000_000_000  # bytes beside a language model that writes: its tokens, libraries
 
 
 class Offloadable(Generic[ModuleType]):
@@ -23,25 +27,79 @@ class Offloadable(Generic[ModuleType]):
     An offloaded module's weights have one home, the host. They are copied to the device for as long
     as `on_device` lasts and then dropped there: nothing is copied back, nothing is read from disk
     again. On a CPU nothing is offloaded.
+
+    With a plan of its blocks an offloaded module is streamed: two blocks are on the device, and
+    what belongs to none. Their home is pinned, so that the copy of a block runs beside the work of
+    the one before: it costs no time where a block computes for longer than it travels.
+
+    Attributes:
+        whole: it moves whole, when it was last used or for want of a plan.
     """
 
-    def __init__(self, module: ModuleType, device: torch.device | str, *, offload: bool) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: ModuleType,
+        device: torch.device | str,
+        *,
+        offload: bool,
+        blocks: "BlockPlan | None" = None,
+        prefer_whole: bool = False,
+    ) -> None:
+        """`prefer_whole` streams only where the device has no room for all."""
+        self.module, self.blocks, self.prefer_whole = module, blocks, prefer_whole
+        self.whole = prefer_whole or blocks is None
         self.device = torch.device(device)
         self.offload = offload and self.device.type != "cpu"
+        self.pinned = False
+        if self.offload and blocks is not None and self.device.type == "cuda":
+            weights = [weight for block in blocks.split(module) for weight in block.values()]
+            self.pinned = pin(weights, self.device, self)
 
     @property
     def nbytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.module.parameters())
 
+    @property
+    def visiting_nbytes(self) -> int:
+        """Bytes on the device at most while it is used."""
+        sizes = {name: parameter.nbytes for name, parameter in self.module.named_parameters()}
+        return self.blocks.count(sizes) if self.blocks and self.streamed else sum(sizes.values())
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks come to the device one after another."""
+        return self.offload and not self.whole
+
     @contextmanager
     def on_device(self) -> Iterator[ModuleType]:
-        """The module, with its weights on the device."""
+        """The module with its weights on the device; a streamed one can be called, not changed."""
         tensors = [*self.module.parameters(), *self.module.buffers()] if self.offload else []
-        with self._at_home_again(tensors):
+        if self.offload and self.prefer_whole:
+            self.whole = self._has_room()
+        plan = self.blocks if self.streamed else None
+        blocks = plan.split(self.module) if plan else []
+        coming = {id(parameter) for block in blocks for parameter in block.values()}
+        streaming = self._streaming(plan, blocks) if plan else nullcontext()
+        with self._at_home_again(tensors), streaming:
             for tensor in tensors:
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
+                if id(tensor) not in coming:
+                    tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield self.module
+
+    def _has_room(self) -> bool:
+        """Whether the device has room for all weights at once."""
+        if self.device.type != "cuda":
+            return True
+        torch.cuda.empty_cache()
+        return self.nbytes + _BESIDE <= torch.cuda.mem_get_info(self.device)[0]
+
+    @contextmanager
+    def _streaming(
+        self, plan: "BlockPlan", blocks: list[dict[str, nn.Parameter]]
+    ) -> Iterator[None]:
+        stream = _BlockStream(blocks, self.device, early=self.pinned)
+        with stream.hooks(self.module.get_submodule(plan.blocks).children()):
+            yield
 
     @contextmanager
     def _at_home_again(self, tensors: list[Tensor]) -> Iterator[None]:
@@ -73,11 +131,17 @@ class BlockPlan:
             for block in module.get_submodule(self.blocks).children()
         ]
 
-    def count(self, module: nn.Module) -> int:
-        """Number of weights on the device at most, of a module on any device."""
-        coming = [sum(p.numel() for p in block.values()) for block in self.split(module)]
-        whole = sum(parameter.numel() for parameter in module.parameters())
-        return whole - sum(coming) + _SLOTS * max(coming, default=0)
+    def count(self, sizes: Mapping[str, int]) -> int:
+        """Number of weights, or of bytes, on the device at most, of those by all names of a module.
+
+        A prefix may stand before names, as in files.
+        """
+        pattern = re.compile(rf"(?:^|\.){re.escape(self.blocks)}\.(\d+)\.")
+        coming: Counter[str] = Counter()
+        for name, size in sizes.items():
+            if (block := pattern.search(name)) and not name.endswith(self.kept):
+                coming[block[1]] += size
+        return sum(sizes.values()) - coming.total() + _SLOTS * max(coming.values(), default=0)
 
     def cut(self, module: nn.Module, axis: Axis) -> dict[str, tuple[int, range]]:
         """Cut each matrix that comes and goes to the rows that this process holds.
@@ -115,42 +179,6 @@ class BlockPlan:
         own = {name: parameter.numel() for name, parameter in module.named_parameters()}
         gathered = count * sum(own[name] for name in held) // max(1, len(self.split(module)))
         return sum(own.values()) + _SLOTS * gathered
-
-
-class StreamedModule(Offloadable[ModuleType]):
-    """A module whose blocks come to the device one after another, each ahead of its use.
-
-    Their home is the host, in pinned memory where the device is a GPU, so that the copy of a block
-    runs beside the work of the one before: it costs no time where a block computes for longer than
-    it travels. The device holds two blocks, and what belongs to none.
-    """
-
-    def __init__(self, module: ModuleType, device: torch.device, plan: BlockPlan) -> None:
-        super().__init__(module, device, offload=True)
-        self.plan = plan
-        if device.type == "cuda":
-            for block in plan.split(module):
-                for parameter in block.values():
-                    parameter.data = parameter.data.pin_memory()
-
-    @contextmanager
-    def on_device(self) -> Iterator[ModuleType]:
-        """The module; it can be called, not changed."""
-        blocks = self.plan.split(self.module)
-        coming = {id(parameter) for block in blocks for parameter in block.values()}
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        with self._at_home_again(tensors), self._streaming(blocks):
-            for tensor in tensors:
-                if id(tensor) not in coming:
-                    tensor.data = tensor.data.to(self.device, non_blocking=True)
-            yield self.module
-
-    @contextmanager
-    def _streaming(self, blocks: list[dict[str, nn.Parameter]]) -> Iterator[None]:
-        # a frame of its own: its slots are freed before the cache is emptied
-        stream = _BlockStream(blocks, self.device)
-        with stream.hooks(self.module.get_submodule(self.plan.blocks).children()):
-            yield
 
 
 class ShardedModule(Offloadable[ModuleType]):
@@ -206,22 +234,43 @@ class ShardedModule(Offloadable[ModuleType]):
 
 
 class _BlockStream:
-    """Copies blocks into two slots on the device: one computes, the next arrives."""
+    """Copies blocks into two slots on the device: one computes, the next arrives.
 
-    def __init__(self, blocks: list[dict[str, nn.Parameter]], device: torch.device) -> None:
-        self.blocks, self.device = blocks, device
+    Behind the last block the first is next, for a sampler calls the network again and again. Blocks
+    that are in no slot lie at home, where their use on the device is an error.
+    """
+
+    def __init__(
+        self,
+        blocks: list[dict[str, nn.Parameter]],
+        device: torch.device,
+        gpu: Any = None,
+        *,
+        early: bool = True,
+    ) -> None:
+        """Make the slots.
+
+        Args:
+            blocks: weights that come and go, by name.
+            device: where the slots are.
+            gpu: streams and events as `torch.cuda` has them, which is the default of a GPU.
+            early: the next block is sent for before one is computed; pageable memory would hold up
+                the launch of its work.
+        """
+        self.blocks, self.device, self.early = blocks, device, early
         self.home = [{name: p.data for name, p in block.items()} for block in blocks]
         self.slots = [
             {name: self.new(name, t) for name, t in self.home[0].items()} for _ in range(_SLOTS)
         ]
         self.contents = [-1] * _SLOTS  # numbers of blocks
-        self.copying: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self.copying = torch.cuda.Stream(device)
+        self.computing = [False] * _SLOTS  # also of a block that an exception ended
+        self.gpu = gpu or (torch.cuda if device.type == "cuda" else None)
+        if self.gpu:
+            self.copying = self.gpu.Stream(device)
             # what had the memory of the slots before may not have been used to its end
-            self.copying.wait_stream(torch.cuda.current_stream(device))
-            self.arrived = [torch.cuda.Event() for _ in self.slots]
-            self.used = [torch.cuda.Event() for _ in self.slots]
+            self.copying.wait_stream(self.gpu.current_stream(device))
+            self.arrived = [self.gpu.Event() for _ in self.slots]
+            self.used = [self.gpu.Event() for _ in self.slots]
 
     def new(self, name: str, home: Tensor) -> Tensor:
         """Room for a weight of any block."""
@@ -234,40 +283,66 @@ class _BlockStream:
     @contextmanager
     def hooks(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
         """Let blocks bring their weights when they are called."""
-        with ExitStack() as hooks:
-            for number, block in enumerate(blocks):
-                before, after = partial(self.before, number), partial(self.after, number)
-                hooks.enter_context(block.register_forward_pre_hook(before))
-                hooks.enter_context(block.register_forward_hook(after))
-            yield
+        try:
+            with ExitStack() as hooks:
+                for number, block in enumerate(blocks):
+                    before, after = partial(self.before, number), partial(self.after, number)
+                    hooks.enter_context(block.register_forward_pre_hook(before))
+                    hooks.enter_context(block.register_forward_hook(after))
+                yield
+        finally:
+            for slot in range(_SLOTS):
+                self.leave(slot)
+            if self.gpu:  # what has their memory next waits for a block that still arrives
+                self.gpu.current_stream(self.device).wait_stream(self.copying)
+            self.slots.clear()
+
+    def leave(self, slot: int) -> None:
+        """Send a slot's block home; what is copied into the slot next waits for its work."""
+        if self.computing[slot]:
+            self.done(slot)
+        if (number := self.contents[slot]) >= 0:
+            for name, parameter in self.blocks[number].items():
+                parameter.data = self.home[number][name]
+        self.contents[slot] = -1
 
     def fetch(self, number: int, slot: int) -> None:
         """Begin to copy a block, unless it is there or on its way."""
         if number in self.contents:
             return
+        self.leave(slot)
         self.contents[slot] = number
-        with torch.cuda.stream(self.copying):  # None changes nothing
-            if self.copying:
+        with self.gpu.stream(self.copying) if self.gpu else nullcontext():
+            if self.gpu:
                 self.copying.wait_event(self.used[slot])
             for name, parameter in self.blocks[number].items():
                 room = self.slots[slot][name]
                 parameter.data = self.bring(name, self.home[number][name], room)
-            if self.copying:
+            if self.gpu:
                 self.arrived[slot].record(self.copying)
 
     def before(self, number: int, *_: object) -> None:
         """Wait for block `number`, and send for the next."""
         self.fetch(number, 0)
         slot = self.contents.index(number)
-        if self.copying:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
-        self.fetch((number + 1) % len(self.blocks), 1 - slot)
+        if self.gpu:
+            self.gpu.current_stream(self.device).wait_event(self.arrived[slot])
+        self.computing[slot] = True
+        if self.early:
+            self.fetch((number + 1) % len(self.blocks), 1 - slot)
 
     def after(self, number: int, *_: object) -> None:
         """Free the slot of block `number` once its work is done."""
-        if self.copying:
-            slot = self.contents.index(number)
-            self.used[slot].record(torch.cuda.current_stream(self.device))
+        slot = self.contents.index(number)
+        self.done(slot)
+        if not self.early:
+            self.fetch((number + 1) % len(self.blocks), 1 - slot)
+
+    def done(self, slot: int) -> None:
+        """Mark the end of a slot's work."""
+        self.computing[slot] = False
+        if self.gpu:
+            self.used[slot].record(self.gpu.current_stream(self.device))
 
 
 class _GatheredBlocks(_BlockStream):

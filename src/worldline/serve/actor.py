@@ -83,12 +83,7 @@ class Process:
         return facts
 
     def _make(self) -> None:
-        try:
-            self._worker.make()
-        except BaseException:  # other processes of the world wait for this one in a collective
-            logger.exception("the world cannot go on")
-            logging.shutdown()
-            os._exit(1)
+        self._worker.make()
         for events in [*self._batches.values()]:
             events.put(None)
 

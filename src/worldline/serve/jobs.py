@@ -77,7 +77,7 @@ class Queue:
         """
         blocking = self._outcomes.blocking
         try:
-            jobs = await blocking(recover, self.store, self.settings.attempts)
+            jobs = await blocking(recover, self.store, self.worlds, self.settings.attempts)
         except ApiError as error:
             raise Error(f"{self.store.path}: {error.message}") from error
         for job in jobs:

@@ -192,7 +192,7 @@ class Maker:
                     task = tasks[index]
                     if step.video is None:
                         self._report(tasks if step.kind in _SHARED else [task], step)
-                    elif task.id not in self.cancelled:
+                    elif task.id in self.known and task.id not in self.cancelled:
                         self._handed.add(task.id)
                         seconds = time.monotonic() - begun
                         save = partial(self._save, self.batch, task, step.video, seconds)

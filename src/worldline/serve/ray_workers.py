@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from worldline.errors import one_line
 from worldline.files import replacing_all
 from worldline.fleet.driver import connect
+from worldline.parallel.job import variables
 from worldline.serve.actor import Process
 from worldline.serve.errors import unkept
 from worldline.serve.folder import synchronise
@@ -81,7 +82,7 @@ class RayWorker(Handle):
             loads = [
                 actor.load.options(concurrency_group=_MAKE).remote(
                     version("worldline"),
-                    *(self._place, self.options, self._environment(rank, port)),
+                    *(self._place, self.options, variables(rank, len(self._actors), port)),
                 )
                 for rank, actor in enumerate(self._actors)
             ]
@@ -116,13 +117,6 @@ class RayWorker(Handle):
             if self._group is not None:
                 placed["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, rank)
             self._actors.append(remote.options(**placed).remote(Path.cwd()))
-
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
-        """What names a process among those of its world, as torchrun would on one node."""
-        if self._gpus <= 1:
-            return {}
-        place = {"WORLD_SIZE": self._gpus, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        return {"MASTER_ADDR": "127.0.0.1", **{name: str(n) for name, n in place.items()}}
 
     async def _patiently(self, work: Awaitable[Any]) -> Any:
         """Result of some work; each half minute a line about what it waits for."""

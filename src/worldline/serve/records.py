@@ -146,14 +146,14 @@ class WorkerDied(Exception):
 
 
 class Worker(Protocol):
-    """A process that owns a world, seen from the API process; a local one or a Ray actor.
+    """A process that owns a world, or several, seen from the API process; local or Ray actors.
 
     Attributes:
         name: such as "tiny-Cosmos-Predict1-4B/0".
         state: loading, ready (a job may begin), busy, dead.
         facts: None until it was ready once.
         heartbeat: `time.monotonic()` of the last sign of life.
-        peak_bytes: peak memory of its GPU, or of the process.
+        peak_bytes: peak memory of its GPU, or of the process; of several, the largest.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from worldline.serve.records import Job
@@ -16,10 +16,11 @@ INTERRUPTED = "The server ended while it made the video; post the request again.
 _LOST = "Files of the video are gone from the server."
 
 
-def recover(store: Store, attempts: int) -> list[Job]:
+def recover(store: Store, worlds: Collection[str], attempts: int) -> list[Job]:
     """Make rows and files agree; jobs to make, in order: first those that were interrupted.
 
-    A job whose files are whole is completed. One that was begun `attempts` times has failed.
+    A job whose files are whole is completed. One that was begun `attempts` times has failed, and
+    one of a world that is not among `worlds`, for which no worker would ever ask.
     """
     interrupted, queued = [], []
     for job in store.live():
@@ -33,6 +34,9 @@ def recover(store: Store, attempts: int) -> list[Job]:
         if path is not None and not path.is_file():
             logger.error("%s: its input is gone; it is failed", job.id)
             _fail(store, job, "internal_error", _LOST)
+        elif job.model not in worlds:
+            logger.warning("%s: %s is not served any more; it is failed", job.id, job.model)
+            _fail(store, job, "model_not_found", absent(job.model), "model")
         elif job.status == "queued":
             queued.append(job)
         elif job.attempts >= attempts:
@@ -47,6 +51,11 @@ def recover(store: Store, attempts: int) -> list[Job]:
     return interrupted + queued
 
 
+def absent(model: str) -> str:
+    """Message of a job of a world that the server has no more."""
+    return f"The server has no world {model!r:.80} any more; post the request with another model."
+
+
 def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """What a worker would have reported of a video, by the report beside it."""
     run = report.get("run")
@@ -58,6 +67,6 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
     return result | {"peak_memory_mb": None if peak is None else peak * 1000}
 
 
-def _fail(store: Store, job: Job, code: str, message: str) -> None:
-    ended = {"completed_at": time.time(), "error_code": code, "error_message": message}
-    store.update(job.id, status="failed", **ended)
+def _fail(store: Store, job: Job, code: str, message: str, param: str | None = None) -> None:
+    error = {"error_code": code, "error_message": message, "error_param": param}
+    store.update(job.id, status="failed", completed_at=time.time(), **error)

@@ -43,9 +43,6 @@ class RayOptions(Options):
         "in a private network.  [default: RAY_ADDRESS, else that of this machine, or one of it "
         "alone]",
     )
-    gpus_per_worker: int = Field(
-        1, ge=0, le=64, description="GPUs of one node that make a video together; 0 runs on CPUs."
-    )
     min_workers: int = Field(1, ge=1, le=1000, description="Workers of each world that always run.")
     max_workers: int = Field(8, ge=1, le=1000, description="Most workers of each world.")
     target_wait_s: float = Field(

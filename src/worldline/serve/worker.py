@@ -4,6 +4,9 @@ Lines of JSON come and go over the socket FD. The first line that comes is {"wor
 "parent"}; then {"check", "call", …}, {"run", "tasks"}, {"cancel"}, {"stop"}. What goes has "event":
 ready, unloadable, heartbeat, checked and refused (with "call"), free and the events of a batch
 (with "batch"), as of `records.Worker`. The process ends with its parent, or with the socket.
+
+Several that share a world have a socket each, and the environment names them as torchrun would. The
+first alone is asked for anything, and the others follow it through the process group.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from worldline.parallel import job
 
 BEAT_S = 2.0
 _PATIENCE_S = 60.0  # of processes that wait for the first; a collective may not wait for ever
@@ -62,7 +67,9 @@ def main() -> None:
     line = Line(int(sys.argv[1]))
     keep_to_parent(hello := line.receive())
     assert hello is not None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # what all of a world log, the first does
+    level = logging.INFO if job.place().speaks else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     Worker(line, hello["world"], hello["options"]).serve()
 
 
@@ -116,16 +123,15 @@ class Worker:
         self.end(0)
 
     def make(self) -> None:
-        """Make one batch after another, until the worker is to end."""
-        while (batch := self.next_batch()) is not None:
-            from worldline.serve.making import DeviceLost
-
-            try:
+        """Make one batch after another, until the worker is to end, or cannot go on."""
+        try:
+            while (batch := self.next_batch()) is not None:
                 self.maker.run(*batch)
-            except DeviceLost:
-                logger.exception("the device is lost")
-                self.end(1)
-        self.maker.finish()
+            self.maker.finish()
+            job.leave()
+        except BaseException:  # the device is lost; or other processes are, or wait for this one
+            logger.exception("the world cannot go on")
+            self.end(1)
 
     def next_batch(self) -> tuple[int, list[Any]] | None:
         """What to make next, which the first of several processes gets for all."""
@@ -147,6 +153,7 @@ class Worker:
         from worldline.serve.making import Maker
         from worldline.world import load
 
+        job.remedy = "the server starts all processes of the world again"
         world = load(self.name, **self.options)
         self.maker = Maker(world, self.line.send)
         described = facts(world, time.monotonic() - started)

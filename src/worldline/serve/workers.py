@@ -7,15 +7,17 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from worldline.parallel.job import LISTENER, environments
 from worldline.serve.errors import ApiError
 from worldline.serve.media import probe
 from worldline.serve.records import ENDS, Checked, Facts, MediaKind, Task, WorkerDied
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 26  # bytes of a message
 _END_S = 5.0  # for a process to end once its socket is closed
 _STOP_S = 120.0  # for a step to end, at most
+_EVIDENCE_S = 0.1  # in which another that was killed becomes known
 _KEPT_LINES = 5  # of its log, for the reason of its end
 
 
@@ -82,11 +85,52 @@ class Handle(ABC):
             self.state = "ready"
 
 
-class LocalWorker(Handle):
-    """A process that owns a world, see `records.Worker`.
+@dataclass
+class Rank:
+    """One process of a worker.
 
     Attributes:
-        pid: of the process; None before it starts.
+        label: before its name or lines, where it is not the first.
+        writer: of the socket to it.
+        heartbeat: as of `records.Worker`.
+        peak_bytes: of memory.
+        tail: last lines of its log.
+    """
+
+    label: str
+    process: asyncio.subprocess.Process
+    writer: asyncio.StreamWriter
+    heartbeat: float
+    peak_bytes: int = 0
+    tail: list[str] = field(default_factory=list)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(json.dumps(message).encode() + b"\n")
+
+    def kill(self) -> None:
+        if self.process.returncode is None:  # `Process.kill` may reap one that asyncio waits for
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
+
+    async def reap(self, seconds: float) -> None:
+        """Wait for the end of the process, and kill it if it does not end."""
+        try:
+            await asyncio.wait_for(self.process.wait(), seconds)
+        except TimeoutError:
+            self.kill()
+            await self.process.wait()
+
+
+class LocalWorker(Handle):
+    """A process that owns a world, or several that share one, see `records.Worker`.
+
+    The first alone is asked for anything, and the others follow it. All end with any of them.
+
+    Attributes:
+        processes: number of them.
+        devices: GPUs that they see; None: all.
+        ranks: the processes, in order; none before they start.
     """
 
     def __init__(
@@ -95,6 +139,7 @@ class LocalWorker(Handle):
         name: str,
         options: Mapping[str, Any],
         *,
+        processes: int = 1,
         devices: Sequence[str | int] | None = None,
         place: str = "",
         log: Callable[[str], None] = _log,
@@ -105,113 +150,139 @@ class LocalWorker(Handle):
             world: name or path, as of `worldline.load`.
             name: such as "tiny-Cosmos-Predict1-4B/0".
             options: load options, as JSON holds them.
-            devices: GPUs that the process sees; None: all.
+            processes: that make a video together.
+            devices: GPUs that each process sees, and the n-th of which the n-th takes; None: all.
             place: path of the world, where its name is another.
-            log: gets each line that the process writes to standard error.
+            log: gets each line that a process writes to standard error.
         """
         super().__init__(world, name)
         self.options, self.place = dict(options), place or world
-        self.pid: int | None = None
-        self._devices, self._log = devices, log
+        self.ranks: list[Rank] = []
+        self.processes, self.devices, self._log = processes, devices, log
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._batches: dict[int, asyncio.Queue[dict[str, Any] | None]] = {}
-        self._tail: list[str] = []
         self._ready: asyncio.Future[None] | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """Id of the first process; None before it starts."""
+        return self.ranks[0].process.pid if self.ranks else None
 
     async def start(self) -> None:
-        """Start the process and wait until its world is loaded.
+        """Start the processes and wait until their world is loaded.
 
         Raises:
             WorkerDied: it cannot load; the message holds the reason.
         """
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # of processes that have died
         self.state, self.heartbeat = "loading", time.monotonic()
-        self._reason, self._tail, self._unfreed = "", [], 0
+        self._reason, self._unfreed, self._stopping = "", 0, False
+        self.ranks, self._tasks = [], []
         self._ready = asyncio.get_running_loop().create_future()
+        try:
+            with socket.socket() as listener:  # where several meet; nobody else can have the port
+                listener.bind(("127.0.0.1", 0))
+                for environment in self._environments(listener):
+                    await self._begin(environment)
+            await asyncio.shield(self._ready)
+        except BaseException:
+            await self.stop(kill=True)
+            raise
+
+    def _environments(self, listener: socket.socket) -> list[dict[str, str]]:
+        first, *others = environments(self.processes, listener.getsockname()[1])
+        if others:
+            listener.listen()
+            first[LISTENER] = str(listener.fileno())
+        for environment in (first, *others):
+            environment["PYTHONUNBUFFERED"] = "1"
+            if self.devices is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+            if others and sys.platform == "linux":  # no other machine is to reach them
+                environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return [first, *others]
+
+    async def _begin(self, environment: Mapping[str, str]) -> None:
+        """Start the next process."""
+        label = f"rank {len(self.ranks)}: " if self.ranks else ""
         ours, theirs = socket.socketpair()
         try:
             # -P: a module of the working folder must not take the place of ours
             words = [sys.executable, "-P", "-m", "worldline.serve.worker", str(theirs.fileno())]
-            words.append(self.name)  # for whoever looks at the processes
-            self._process = await asyncio.create_subprocess_exec(
+            words.append(f"{label}{self.name}")  # for whoever looks at the processes
+            listener = [int(environment[LISTENER])] if LISTENER in environment else []
+            process = await asyncio.create_subprocess_exec(
                 *words,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *listener],
                 start_new_session=True,
-                env=self._environment(),
+                env=environment,
             )
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        self.pid = self._process.pid
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
-        self._send({"world": self.place, "options": self.options, "parent": os.getpid()})
-        logs = asyncio.create_task(self._read_log(self._process))
-        self._tasks = [logs, asyncio.create_task(self._read(reader, self._process, logs))]
-        try:
-            await asyncio.shield(self._ready)
-        except asyncio.CancelledError:
-            await self.stop(kill=True)
-            raise
+        reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
+        rank = Rank(label, process, writer, time.monotonic())
+        self.ranks.append(rank)
+        rank.send({"world": self.place, "options": self.options, "parent": os.getpid()})
+        logs = asyncio.create_task(self._read_log(rank))
+        self._tasks += [logs, asyncio.create_task(self._read(rank, reader, logs))]
 
-    def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if self._devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._devices))
-        return environment
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(json.dumps(message).encode() + b"\n")
-
-    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stderr is not None
-        while data := await process.stderr.read(1 << 16):
+    async def _read_log(self, rank: Rank) -> None:
+        assert rank.process.stderr is not None
+        while data := await rank.process.stderr.read(1 << 16):
             for line in data.decode(errors="replace").splitlines():
-                self._tail = [*self._tail, line][-_KEPT_LINES:]
-                self._log(line)
+                rank.tail = [*rank.tail, line][-_KEPT_LINES:]
+                self._log(f"{rank.label}{line}")
 
     async def _read(
-        self,
-        reader: asyncio.StreamReader,
-        process: asyncio.subprocess.Process,
-        logs: asyncio.Task[None],
+        self, rank: Rank, reader: asyncio.StreamReader, logs: asyncio.Task[None]
     ) -> None:
-        """Pass on what the process sends, until it ends."""
+        """Pass on what a process sends, until it ends."""
         try:
             with suppress(OSError, ValueError):  # ValueError: a line is too long
                 while (line := await reader.readline()).endswith(b"\n"):
-                    self.heartbeat = time.monotonic()
-                    self._receive(json.loads(line))
+                    rank.heartbeat = time.monotonic()
+                    self.heartbeat = min(each.heartbeat for each in self.ranks)
+                    self._receive(rank, json.loads(line))
         finally:
-            self.state = "dead"
-            if self._writer is not None:
-                self._writer.close()
-            await self._reap(process, _END_S)
+            first, self.state = self.state != "dead", "dead"
+            rank.writer.close()
+            await rank.reap(_END_S)
+            cause = await self._end_all(rank) if first else rank
             with suppress(TimeoutError):  # a child of it may hold its standard error
                 await asyncio.wait_for(asyncio.shield(logs), 1)
             logs.cancel()
-            self._bury(process.returncode)
+            if first:
+                self._bury(cause)
 
-    async def _reap(self, process: asyncio.subprocess.Process, seconds: float) -> None:
-        """Wait for the end of a process, and kill it if it does not end."""
-        try:
-            await asyncio.wait_for(process.wait(), seconds)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+    async def _end_all(self, rank: Rank) -> Rank:
+        """End the other processes, which wait for the first that has ended; that, or its cause."""
+        status, cause = rank.process.returncode or 0, rank
+        if status == 0 and self._stopping:
+            return rank  # they end, too
+        if status > 0 and len(self.ranks) > 1:  # perhaps it has lost one that was killed
+            await asyncio.sleep(_EVIDENCE_S)
+            killed = (each for each in self.ranks if (each.process.returncode or 0) < 0)
+            cause = next(killed, rank)
+        self._kill()
+        return cause
 
-    def _bury(self, status: int | None) -> None:
-        """Raise `WorkerDied` wherever the process is waited for."""
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    def _bury(self, rank: Rank) -> None:
+        """Raise `WorkerDied` wherever the processes are waited for, of which one has ended."""
+        status = rank.process.returncode
         how = f"signal {-status}" if status is not None and status < 0 else f"exit status {status}"
-        last = self._tail[-1] if self._tail else "no message"
-        self._reason = self._reason or f"{self.name} ended ({how}): {last}"
+        last = rank.tail[-1] if rank.tail else "no message"
+        self._reason = self._reason or f"{rank.label}{self.name} ended ({how}): {last}"
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(WorkerDied(self._reason))
             self._ready.exception()  # seen, though nobody may wait any more
@@ -221,16 +292,19 @@ class LocalWorker(Handle):
         for events in self._batches.values():
             events.put_nowait(None)
 
-    def _receive(self, message: dict[str, Any]) -> None:
+    def _receive(self, rank: Rank, message: dict[str, Any]) -> None:
         kind, batch = message["event"], message.pop("batch", None)
         if kind == "heartbeat":
-            self.peak_bytes = message["peak_bytes"]
+            rank.peak_bytes = message["peak_bytes"]
+            self.peak_bytes = max(each.peak_bytes for each in self.ranks)
+        elif kind == "unloadable":
+            self._reason = self._reason or f"{self.name} cannot load: {message['message']}"
+        elif rank is not self.ranks[0]:
+            return  # what all of them send, the first does
         elif kind == "ready":
             self.facts, self.state = Facts(**message["facts"]), "ready"
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
-        elif kind == "unloadable":
-            self._reason = f"{self.name} cannot load: {message['message']}"
         elif kind in ("checked", "refused"):
             call = self._calls.get(message["call"])
             if call is not None and not call.done():
@@ -287,16 +361,19 @@ class LocalWorker(Handle):
         """Stop a task at its next step; its last event is cancelled, or done if it was quicker."""
         self._send({"cancel": id})
 
+    def _send(self, message: Mapping[str, Any]) -> None:
+        if self.ranks:
+            self.ranks[0].send(message)
+
     async def stop(self, *, kill: bool = False) -> None:
-        """End the process: after the current step and with the files of videos, or at once."""
-        process = self._process
-        if process is None:
-            self.state = "dead"
-            return
+        """End the processes: after the current step and with the files of videos, or at once."""
+        self._stopping = True
         if kill or self.state == "loading":
-            with suppress(ProcessLookupError):
-                process.kill()
+            self._kill()
         else:
             self._send({"stop": True})
-        await self._reap(process, _STOP_S)
+        for place, rank in enumerate(self.ranks):  # the others end with the first
+            await rank.reap(_END_S if place else _STOP_S)
+        if not self.ranks:
+            self.state = "dead"
         await asyncio.gather(*self._tasks, return_exceptions=True)

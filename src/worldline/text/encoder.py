@@ -26,7 +26,7 @@ from worldline.documents import read_json
 from worldline.errors import CheckpointError, blame
 from worldline.files import remove, stamp
 from worldline.finite import check_finite, total
-from worldline.parallel.offload import Offloadable
+from worldline.parallel.offload import BlockPlan, Offloadable
 from worldline.repositories import holds_diffusers, released_folders, unfinished
 from worldline.weights.checkpoint import (
     Checkpoint,
@@ -93,6 +93,7 @@ class TextPart:
     """A text encoder that is only planned for."""
 
     num_parameters: int  # that are read
+    num_streamed: int | None = None  # on the device at most as blocks come one after another
     max_length: int = MAX_LENGTH  # rows of an embedding; longer prompts are cut
     files: tuple[Path, ...] = ()  # all that decide an embedding
     notes: tuple[str, ...] = ()
@@ -100,8 +101,8 @@ class TextPart:
     def nbytes(self, compute: Any) -> int:
         return self.num_parameters * int(compute.text_dtype.itemsize)
 
-    def streamed_nbytes(self, compute: Any) -> None:
-        return None
+    def streamed_nbytes(self, compute: Any) -> int | None:
+        return self.num_streamed and self.num_streamed * int(compute.text_dtype.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ class EncoderFiles(TextPart, ABC):
     encoder: ClassVar[type[PromptEncoder]]
     sizes: ClassVar[tuple[str, ...]]  # settings whose product is the width
     keys: ClassVar[KeyMap]  # but for names, which are the network's
+    blocks: ClassVar[BlockPlan]  # of the network
     anchor: ClassVar[str]  # name of a tensor of every file, without a prefix
     tied: ClassVar[tuple[str, ...]] = ()  # names of one tensor, of which a file holds any
     cached: ClassVar[tuple[str, int]] = ("", 1000)  # folder and number of cached embeddings
@@ -161,6 +163,7 @@ class EncoderFiles(TextPart, ABC):
                 vocabularies += [stated] if settings else []
                 return cls(
                     sum(sizes.values()),
+                    cls.blocks.count(sizes),
                     limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
                     (path, *checkpoint.files, *vocabularies),
                     checkpoint.notes,
@@ -272,6 +275,10 @@ class TextEncoder:
         stamps = [stamp(path) for path in files.files]
         self._key = json.dumps([stamps, str(dtype), files.max_length], sort_keys=True)
 
+    @property
+    def streamed(self) -> bool:
+        return self.offload
+
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The embedding (1, S, D) of each prompt, on the CPU.
 
@@ -293,7 +300,8 @@ class TextEncoder:
     def _part(self) -> Offloadable[PromptEncoder]:
         logger.info("reading %s", self.files.folder)
         encoder = self.files.read("cpu" if self.offload else self.device, self.dtype)
-        return Offloadable(encoder, self.device, offload=self.offload)
+        blocks = replace(self.files.blocks, blocks=f"network.{self.files.blocks.blocks}")
+        return Offloadable(encoder, self.device, offload=self.offload, blocks=blocks)
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
         """Report entry of the prompts that are cut, by their names, with a warning of each."""

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.parallel.offload import BlockPlan
 from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import pretrained_tokenizer
 
 RELEASED = "nvidia/Cosmos-Reason1-7B"
 NUM_PARAMETERS = 7_070_619_136  # without vision tower and head
+NUM_STREAMED = 1_011_116_544  # of those, beside all blocks but two
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."
 _EPS = 1e-8  # beside the deviation
@@ -113,6 +115,7 @@ class Reason1Files(EncoderFiles):
         {"visual.*": "vision tower", "lm_head.*": "head"},
         ("model.", "model.language_model."),  # as released; as transformers saves it since
     )
+    blocks = BlockPlan("layers")
     anchor = "embed_tokens.weight"
     cached = ("reason1", 40)  # apart from T5's: 103 MB each of the released encoder in bfloat16
 

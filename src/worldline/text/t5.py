@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.parallel.offload import BlockPlan
 from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
 from worldline.weights.keymap import KeyMap
 
 NUM_PARAMETERS = 4_864_791_552  # of the released encoder
+NUM_STREAMED = 435_561_472  # of those, beside all blocks but two
 PAD, END = 0, 1  # <pad>, </s>
 _FIRST_BYTE = 3  # behind <pad>, </s>, <unk>
 
@@ -80,6 +82,8 @@ class T5Files(EncoderFiles):
     encoder = T5Encoder
     sizes = ("d_model",)
     keys = KeyMap({}, {"decoder.*": "decoder", "lm_head.*": "decoder's head"})
+    # the first block has a table that the others lack
+    blocks = BlockPlan("encoder.block", kept=("relative_attention_bias.weight",))
     anchor = "encoder.final_layer_norm.weight"
     tied = ("shared.weight", "encoder.embed_tokens.weight")
 

@@ -495,11 +495,10 @@ class _Video:
         for frame in chain.from_iterable(map(self.stream.codec_context.decode, self.packets)):
             if size is None:
                 size = frame.height, frame.width
-                item: Any  # PyAV's stubs call it a str
                 # of one frame: those that are asked wait in memory for the garbage collector
-                for item in frame.side_data:
-                    if item.type.name == "DISPLAYMATRIX":
-                        self.matrix = struct.unpack("=5i", bytes(item)[:20])
+                matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+                if matrix is not None:
+                    self.matrix = struct.unpack("=5i", bytes(matrix)[:20])
             if size != (frame.height, frame.width):
                 raise ValueError("its frames change size")
             yield frame

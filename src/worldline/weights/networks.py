@@ -20,7 +20,7 @@ from worldline.documents import read_json
 from worldline.errors import CheckpointError, one_line
 from worldline.files import UNFINISHED, refuse_broken
 from worldline.parallel.mesh import Axis
-from worldline.parallel.offload import BlockPlan, Offloadable, ShardedModule, StreamedModule
+from worldline.parallel.offload import BlockPlan, Offloadable, ShardedModule
 from worldline.repositories import TRANSFORMER_FILES, WEIGHTS, unfinished
 from worldline.weights.checkpoint import (
     METADATA,
@@ -95,7 +95,6 @@ class Network(Generic[Config]):
         source: its tensors; none where it is only planned for.
         keys: from their names to ours.
         beside: files beside the tensors that decide what it computes.
-        blocks: how it is offloaded block by block; None where it is moved whole.
         layouts: every naming of its tensors in files, by which adapters are matched.
         adapters: LoRA adapters that are merged when it is read.
     """
@@ -105,7 +104,6 @@ class Network(Generic[Config]):
     source: Checkpoint = Checkpoint(Path(), "", {})  # noqa: RUF009 - frozen
     keys: KeyMap = KeyMap({})  # noqa: RUF009
     beside: tuple[Path, ...] = ()
-    blocks: BlockPlan | None = None
     layouts: tuple[KeyMap, ...] = ()
     adapters: tuple["Adapter", ...] = ()
 
@@ -189,13 +187,24 @@ class Network(Generic[Config]):
         return [*dict.fromkeys((*self.source.files, *beside, *adapters))]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights by name."""
+        shapes = shapes_of(self.kind, self.config)
+        return {name: math.prod(shape) for name, shape in shapes.items()}
+
+    @property
     def num_parameters(self) -> int:
-        return sum(map(math.prod, shapes_of(self.kind, self.config).values()))
+        return sum(self.sizes.values())
 
     @property
     def shards(self) -> "ShardPlan | None":
         """How tensor-parallel processes share it; None where each holds all of it."""
         return getattr(self.kind, "SHARDS", None)
+
+    @property
+    def blocks(self) -> BlockPlan | None:
+        """How blocks come to the device one after another; None where it moves whole."""
+        return getattr(self.kind, "BLOCKS", None)
 
     def part(self, compute: Any) -> Self:
         """What one process holds of it, as a network of its own, of tensors that are whole yet."""
@@ -212,14 +221,12 @@ class Network(Generic[Config]):
 
     def sharding(self, compute: Any) -> BlockPlan | None:
         """Plan of its blocks, where processes hold rows of them."""
-        plan: BlockPlan | None = getattr(self.kind, "SHARDING", None)
-        return plan if compute.sharded and compute.mesh.layout.video > 1 else None
+        return self.blocks if compute.sharded and compute.mesh.layout.video > 1 else None
 
     def streamed_nbytes(self, compute: Any) -> int | None:
         if self.blocks is None or self.sharding(compute):
             return None
-        with torch.device("meta"):
-            return self.blocks.count(self.kind(self.config)) * int(compute.dtype.itemsize)
+        return self.blocks.count(self.sizes) * int(compute.dtype.itemsize)
 
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Any:
         """The network with its weights, for inference."""
@@ -255,9 +262,7 @@ class Network(Generic[Config]):
             part = replace(self.part(compute), source=cut(self.source, axis))
             module = part.read(home, compute.dtype)
             self.shards.join(module, axis)
-        if offload and self.blocks is not None and compute.device.type != "cpu":
-            return StreamedModule(module, compute.device, self.blocks)
-        return Offloadable(module, compute.device, offload=offload)
+        return Offloadable(module, compute.device, offload=offload, blocks=self.blocks)
 
 
 class Settings(BaseModel):

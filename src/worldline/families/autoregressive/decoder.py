@@ -37,7 +37,7 @@ from worldline.families.denoise import (
     start_cache,
 )
 from worldline.families.diffusion import family as diffusion
-from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
+from worldline.families.diffusion.model import DECODER_WINDOW, PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import Precision
 from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Opened, Parts
@@ -246,7 +246,7 @@ class DecoderNetwork(Network[DiTConfig]):
         )
 
 
-RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
+RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"])
 
 
 def open_network(opened: Opened) -> DecoderNetwork:
@@ -259,7 +259,7 @@ def open_network(opened: Opened) -> DecoderNetwork:
         raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
     network = open_dit(folder, settings)
     refuse_unless_equal(network, "vocabulary", transformer, "vocabulary")
-    fields = {**vars(network), "blocks": BLOCKS, "rotary_precision": precision}
+    fields = {**vars(network), "rotary_precision": precision}
     config, *contexts = network.beside
     if transformer.config.context_width is None:
         fields["context"] = read_context(contexts, network.config.context_width)

@@ -420,11 +420,11 @@ def presets(entry: Entry) -> dict[str, Any]:
     """Parts of a released model."""
     from worldline.families.autoregressive.decoder import RELEASED
     from worldline.text.encoder import TextPart
-    from worldline.text.t5 import NUM_PARAMETERS
+    from worldline.text.t5 import NUM_PARAMETERS, NUM_STREAMED
 
     config = PRESETS[entry.preset]
     return {
-        **({"text": TextPart(NUM_PARAMETERS)} if config.context_width else {}),
+        **({"text": TextPart(NUM_PARAMETERS, NUM_STREAMED)} if config.context_width else {}),
         "tokenizer": Network(CosmosTokenizer, TOKENIZER_PRESETS["DV8x16x16"]),
         "decoder": RELEASED,
         "decoder_tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),

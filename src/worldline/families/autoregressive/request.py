@@ -86,7 +86,7 @@ class AROptions(T5Options):
     disable_diffusion_decoder: bool | None = Field(
         None, description="Decode by the tokenizer alone."
     )
-    offload_diffusion_decoder: bool = offload("diffusion decoder")
+    offload_diffusion_decoder: bool = offload("diffusion decoder", streamed=True)
     offload_ar_model: bool = offload("transformer")
     offload_prompt_upsampler: bool = Field(
         False, description="Has no effect: these models have no prompt upsampler."

@@ -42,7 +42,7 @@ from worldline.sampling.edm import (
 from worldline.sampling.solvers import Steps
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.encoder import TextPart
-from worldline.text.t5 import NUM_PARAMETERS, T5Files
+from worldline.text.t5 import NUM_PARAMETERS, NUM_STREAMED, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
@@ -269,7 +269,7 @@ def presets(entry: Entry) -> dict[str, Any]:
     return {
         "transformer": Network(DiT, PRESETS[entry.preset]),
         "tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
-        "text": TextPart(NUM_PARAMETERS),
+        "text": TextPart(NUM_PARAMETERS, NUM_STREAMED),
     }
 
 

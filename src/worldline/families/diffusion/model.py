@@ -85,8 +85,6 @@ PRESETS["7B-Decoder"] = replace(
     id_width=32,
 )
 
-BLOCKS = BlockPlan("blocks", kept=dit.TEXT_WEIGHTS)
-
 
 class Positions(NamedTuple):
     """Positions of the tokens of a clip.
@@ -131,7 +129,7 @@ class DiT(DiffusionTransformer):
     """Diffusion transformer of Predict1, of a video or of the decoder of token ids; EDM's F."""
 
     config: DiTConfig
-    SHARDING: ClassVar[BlockPlan] = BLOCKS
+    BLOCKS: ClassVar[BlockPlan] = BlockPlan("blocks", kept=dit.TEXT_WEIGHTS)
 
     def __init__(self, config: DiTConfig) -> None:
         # latents, condition mask (Video2World) or ids, padding mask

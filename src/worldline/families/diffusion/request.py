@@ -73,7 +73,7 @@ class DiffusionOptions(T5Options):
         description="Model generation; overrides the folder name.  [default: by that name, else "
         "Predict1]",
     )
-    offload_diffusion_transformer: bool = offload("transformer")
+    offload_diffusion_transformer: bool = offload("transformer", streamed=True)
     disable_prompt_upsampler: bool | None = Field(
         None, description="Use prompts as they are. Bundled models have no upsampler."
     )

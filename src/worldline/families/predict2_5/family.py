@@ -30,7 +30,7 @@ from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule
 from worldline.sampling.solvers import Steps
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.encoder import TextPart
-from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
+from worldline.text.reason1 import NUM_PARAMETERS, NUM_STREAMED, Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
 from worldline.tokenizers.wan.weights import open_wan
@@ -249,7 +249,7 @@ def presets(entry: Entry) -> dict[str, Any]:
     return {
         "transformer": FlowNetwork(FlowDiT, PRESETS[entry.preset]),
         "tokenizer": Network(WanTokenizer, WanTokenizerConfig()),
-        "text": TextPart(NUM_PARAMETERS),
+        "text": TextPart(NUM_PARAMETERS, NUM_STREAMED),
     }
 
 

@@ -99,7 +99,7 @@ class FlowDiT(DiffusionTransformer):
     """Diffusion transformer of Predict2.5: the velocity of a rectified flow."""
 
     config: FlowDiTConfig
-    SHARDING: ClassVar[BlockPlan] = BlockPlan("blocks", kept=dit.TEXT_WEIGHTS)
+    BLOCKS: ClassVar[BlockPlan] = BlockPlan("blocks", kept=dit.TEXT_WEIGHTS)
 
     def __init__(self, config: FlowDiTConfig) -> None:
         # latents, condition mask, padding mask

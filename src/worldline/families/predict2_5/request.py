@@ -106,9 +106,9 @@ class FlowOptions(LoadOptions):
         description="Do not check prompt and video. Bundled models have no guardrails.",
     )
     offload_guardrail_models: bool = offload("guardrails", True)
-    offload_text_encoder: bool = offload("text encoder")
+    offload_text_encoder: bool = offload("text encoder", streamed=True)
     offload_tokenizer: bool = offload("tokenizer")
-    offload_diffusion_model: bool = offload("transformer")
+    offload_diffusion_model: bool = offload("transformer", streamed=True)
 
     @property
     def processes(self) -> int | Literal["auto"] | None:

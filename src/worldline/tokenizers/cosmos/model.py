@@ -474,7 +474,8 @@ class CosmosTokenizer(CausalTokenizer):
         """decode(encode(video)); gradients pass straight through the quantiser."""
         latents = self.encode(video)
         if self.config.levels is not None:
-            check_finite(total(latents), "encode: latents", latents.dtype)  # infinity has codes
+            if not latents.requires_grad:  # infinity has codes; training finds it in gradients
+                check_finite(total(latents), "encode: latents", latents.dtype)
             codes = transforms.quantize(latents.movedim(1, -1), self.config.levels)
             latents = codes.movedim(-1, 1).to(latents.dtype)
         return self.decode(latents)
