@@ -193,20 +193,18 @@ def test_a_batch_is_made_together(tmp_path: Path) -> None:
 def test_the_oldest_waits_no_longer_than_the_window(tmp_path: Path) -> None:
     async def test() -> None:
         script = Script(max_batch_size=100, steps=1, seconds=0)
-        async with queue(tmp_path, script, batch_window=0.3) as q:
+        async with queue(tmp_path, script, batch_window=1) as q:
             began = time.monotonic()
             ids = [(await q.submit(job(batch_key="k"), None)).id]
             while not runs(script):  # others come all the time
-                await asyncio.sleep(0.03)
+                await asyncio.sleep(0.1)
                 ids.append((await q.submit(job(batch_key="k"), None)).id)
-            assert 0.25 < time.monotonic() - began < 1
+            assert 0.9 < time.monotonic() - began < 10
             assert 2 <= len(runs(script)[0]) <= 12
             for id in ids:
                 await q.wait(id)
-            # one that cannot be batched, and one that has waited already, begin at once
-            began = time.monotonic()
-            await q.wait((await q.submit(job(), None)).id)
-            assert time.monotonic() - began < 0.3
+        async with queue(tmp_path, script, batch_window=1000) as q:
+            await q.wait((await q.submit(job(), None)).id)  # one that cannot be batched
 
     run(test())
 
@@ -488,21 +486,6 @@ def test_limits(tmp_path: Path) -> None:
                 *(q.submit(job(owner="c"), None) for _ in range(9)), return_exceptions=True
             )
             assert all(isinstance(one, ApiError) for one in crowd)
-
-    run(test())
-
-
-def test_jobs_of_a_world_that_is_not_served_take_no_place(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    others = [store.add(job(model="v", owner="a"), None) for _ in range(3)]
-    store.close()
-
-    async def test() -> None:
-        async with queue(tmp_path, queue_size=2, queue_per_key=2) as q:
-            one = await q.submit(job(owner="a"), None)
-            assert (await q.wait(one.id)).status == "completed"
-            assert {q.store.get(other.id, None).status for other in others} == {"queued"}
-            assert (await q.cancel(others[0].id)).status == "cancelled"
 
     run(test())
 

@@ -345,8 +345,7 @@ class Queue:
         settings, world = self.settings, job.model
         if self.store.free_bytes < settings.min_free_bytes:
             raise ApiError("disk_full", "The server's disk is full; try later.", retry_after=60)
-        # those of worlds that are not served now wait for another start
-        waiting = [e for each in self.worlds for e in self._outcomes.line(each).waiting]
+        waiting = [entry for line in self._outcomes.lines.values() for entry in line.waiting]
         if len(waiting) + self._arriving.total() >= settings.queue_size:
             message = f"{settings.queue_size} videos wait already; try later."
             raise ApiError("queue_full", message, retry_after=self._retry_after(world))
