@@ -729,9 +729,11 @@ def test_what_a_killed_server_left(tmp_path: Path) -> None:
 
     async def test() -> None:
         script = Script()
-        async with queue(tmp_path, script) as q:
+        async with queue(tmp_path, script, keep_hours=1.0) as q:
             jobs = [q.store.get(one.id, None) for one in states]
             assert jobs[3].status == "completed"
+            for one in jobs[2:]:
+                assert one.expires_at == one.completed_at + 3600
             assert jobs[3].result["media_type"] == "video/mp4"
             ended = [(await q.wait(one.id)) for one in states]
             assert [one.error_code for one in ended] == [

@@ -305,6 +305,16 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     for _ in range(2):  # and no lock is left behind
         with pytest.raises(InputError, match=r"damaged/jobs\.sqlite3"):
             Store(damaged)
+    inside = tmp_path / "inside"
+    store = Store(inside)
+    store.add(job(), None)
+    store.close()
+    database = sqlite3.connect(inside / "jobs.sqlite3")
+    database.execute("UPDATE jobs SET request = '{'")
+    database.commit()
+    database.close()
+    with pytest.raises(InputError, match=r"inside/jobs\.sqlite3"):
+        Store(inside)
     newer = tmp_path / "newer"
     Store(newer).close()
     database = sqlite3.connect(newer / "jobs.sqlite3")

@@ -77,7 +77,8 @@ class Queue:
         """
         blocking = self._outcomes.blocking
         try:
-            jobs = await blocking(recover, self.store, self.worlds, self.settings.attempts)
+            limits = self.settings.attempts, self._outcomes.keep_seconds
+            jobs = await blocking(recover, self.store, self.worlds, *limits)
         except ApiError as error:
             raise Error(f"{self.store.path}: {error.message}") from error
         for job in jobs:

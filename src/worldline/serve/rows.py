@@ -39,6 +39,21 @@ CREATE INDEX by_owner ON jobs (owner, id);
 """
 
 
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Name the file where its contents cannot be read.
+
+    Raises:
+        InputError: there is damage, perhaps inside a row, which is no JSON then.
+    """
+    try:
+        yield
+    except (sqlite3.Error, ValueError) as error:
+        raise InputError(
+            f"{path}: it cannot be read as a database: {error}; restore it, or give another folder"
+        ) from error
+
+
 class Rows:
     """Table of jobs; every method may be called from any thread.
 
@@ -56,14 +71,9 @@ class Rows:
         """
         self.path = path
         self.writing, self._reading = threading.RLock(), threading.RLock()
-        try:
+        with damage_named(path):
             self._writer, self._reader = self._opened(), self._connect()
             self.counts()
-        except sqlite3.Error as error:
-            raise InputError(
-                f"{path}: it cannot be read as a database: {error}; "
-                "restore it, or give another folder"
-            ) from error
 
     def close(self) -> None:
         with self.writing, self._reading:

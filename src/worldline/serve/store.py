@@ -26,7 +26,7 @@ from worldline.files import digest, remove
 from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.folder import check_local, locked, synchronise
 from worldline.serve.records import ENDED, Job, Task
-from worldline.serve.rows import COLUMNS, Rows
+from worldline.serve.rows import COLUMNS, Rows, damage_named
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Store:
         try:
             self.rows = Rows(self.path / "jobs.sqlite3")
             synchronise(self.path)
-            live = self.rows.select("status IN ('queued', 'in_progress')")
+            with damage_named(self.rows.path):
+                live = self.rows.select("status IN ('queued', 'in_progress')")
             self._live = {job.id: job for job in live}
             self._counts = self.rows.counts()
         except BaseException:
