@@ -44,7 +44,7 @@ class Served:
         pattern = r"http://[\d.]+:[1-9]\d*"
         self.url: str = self.until(lambda: re.search(pattern, printed.read_text()))[0]
 
-    def until(self, done: Callable[[], Any], seconds: float = 60) -> Any:
+    def until(self, done: Callable[[], Any], seconds: float = 180) -> Any:
         """What a condition finds, once it does."""
         end = time.monotonic() + seconds
         while not (found := done()):
