@@ -394,7 +394,7 @@ const series = (first, step) => `${first}, ${first + step}, ${first + 2 * step},
 function hintOf(name, { description = "" }, { limits = {}, fields = {} }) {
   if (name === "num_video_frames" && limits.frames_multiple > 1) {
     const most = limits.max_frames ? ` up to ${limits.max_frames}` : "";
-    return `${series(limits.min_frames ?? 1, limits.frames_multiple)}${most}, with those of the input.${fields.chunk_size ? " Chunks allow any number." : ""}`;
+    return `${series(limits.min_frames ?? 1, limits.frames_multiple)}${most}, with those of the input.${fields.chunk_size ? " With a chunk size, any number." : ""}`;
   }
   return HINTS[name] ?? plain(description.replace(/\s*\[default:\s*(.*?)\]/, " Automatic: $1.")).trim();
 }
@@ -616,10 +616,10 @@ function controlOf(place) {
 
 // A message of the server, led by the label of its field.
 function problemWords(param, message, value) {
-  const name = String(param ?? "").split(/[.[]/)[0], label = labelOf(PLACES[name] === "size" ? name : PLACES[name] ?? name);
+  if (!param) return plain(message);
+  const name = String(param).split(/[.[]/)[0], label = labelOf(PLACES[name] === "size" ? name : PLACES[name] ?? name);
   const nearest = message.match(/the nearest is (\d+)/)?.[1];
   if (nearest && value) return `${label}: ${value} is not possible; the nearest is ${nearest}.`;
-  if (!name) return plain(message);
   const own = message.startsWith(name) && /^\W/.test(message.slice(name.length));
   return label + plain(own ? message.slice(name.length) : `: ${message}`);
 }
@@ -1358,7 +1358,7 @@ const fitter = new ResizeObserver(([{ target }]) => {
   });
   const best = fits.reduce((most, next) => (next.wide > most.wide ? next : most), { columns: 1, tall: 0, wide: 0 });
   target.style.setProperty("--columns", best.columns);
-  target.style.setProperty("--tall", `${best.tall}px`);
+  target.style.setProperty("--wide", `${best.wide}px`);
 });
 fitter.observe(hook("tiles"));
 
