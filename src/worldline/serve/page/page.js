@@ -1349,7 +1349,10 @@ class Together {
 
 // The number of columns with which the videos are largest.
 const fitter = new ResizeObserver(([{ target }]) => {
-  const figures = [...target.children], gap = 16, { width, height } = target.getBoundingClientRect();
+  const figures = [...target.children], gap = 16;
+  if (!figures.length) return;
+  target.style.removeProperty("--wide");
+  const { width, height } = target.getBoundingClientRect();
   const ratio = Math.max(...figures.map(({ firstChild }) => Number(firstChild.style.getPropertyValue("--ratio"))));
   const words = 7 + Math.max(...figures.map(({ lastChild }) => lastChild.offsetHeight));
   const fits = figures.map((_, index) => {
@@ -1358,7 +1361,7 @@ const fitter = new ResizeObserver(([{ target }]) => {
   });
   const best = fits.reduce((most, next) => (next.wide > most.wide ? next : most), { columns: 1, tall: 0, wide: 0 });
   target.style.setProperty("--columns", best.columns);
-  target.style.setProperty("--wide", `${best.wide}px`);
+  for (const name of ["tall", "wide"]) target.style.setProperty(`--${name}`, `${best[name]}px`);
 });
 fitter.observe(hook("tiles"));
 
