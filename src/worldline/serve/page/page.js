@@ -562,7 +562,8 @@ function refuseFile(problem) {
 }
 
 function useFile(file) {
-  if (!file || hook("input-field").hidden) return;
+  if (!file) return;
+  if (hook("input-field").hidden) return toast("This world starts from text alone.");
   // a type that the browser does not know is the server's to judge
   const kind = IMAGES.includes(file.type) ? "image" : /^video\/|^image\/gif|^$/.test(file.type) ? "video" : "";
   if (!file.size) return refuseFile(`${file.name} is empty`);
@@ -753,7 +754,7 @@ async function useSettings(video) {
   if (hook("previews")) hook("previews").checked = request.preview_every !== 0;
   clearProblems();
   await loaded;
-  toast("The form has the settings of this video, with a seed of its own.");
+  toast("The form has the settings of this video, and another seed.");
 }
 
 function sameSeed(video) {
