@@ -167,7 +167,7 @@ async function call(path, { method = "GET", json, form, headers = {}, signal } =
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      setLost(true);
+      if (hook("connection").dataset.state !== "live") setLost(true); // a file that cannot be read fails, too
       throw new Refusal(0, { message: "The server does not answer; is it running?", code: "unreachable" });
     }
     setLost(false);
@@ -439,24 +439,10 @@ function buildSize(fields, facts) {
     register(name, control, schema, facts, false);
     return control;
   });
-  const sizes = (Array.isArray(facts.sizes) ? facts.sizes : [])
-    .map((size) => String(size).match(/^(\d+)\D(\d+)$/)).filter(Boolean).map(([, width, height]) => [width, height]);
-  const chips = element("div", { className: "chips", role: "group", "aria-label": "Usual sizes" });
-  const mark = () => chips.childNodes.forEach((chip) => chip.setAttribute("aria-pressed", String(chip.dataset.size === `${controls[0].value}x${controls[1].value}`)));
-  chips.append(...sizes.map(([width, height]) => {
-    const chip = element("button", { type: "button", textContent: `${width} × ${height}`, dataset: { size: `${width}x${height}` } });
-    chip.onclick = () => [width, height].forEach((side, index) => {
-      controls[index].value = side;
-      controls[index].dispatchEvent(new Event("input"));
-    });
-    return chip;
-  }));
-  controls.forEach((control) => control.addEventListener("input", mark));
-  mark();
   return element("div", { className: "field long", dataset: { name: "size" } },
     element("span", { className: "label", textContent: "Size" }),
     element("div", { className: "size" }, controls[0], element("span", { textContent: "×", "aria-hidden": "true" }), controls[1]),
-    ...(sizes.length > 1 ? [chips] : []), problemOf("size"));
+    problemOf("size"));
 }
 
 function buildPreview() {
@@ -495,7 +481,6 @@ function changedFields() {
 
 function fillFields(values) {
   for (const name of inputs.keys()) setField(name, values[name]);
-  for (const name of ["width", "height"]) inputs.get(name)?.control.dispatchEvent(new Event("input"));
   countChanged();
   showLength();
 }
