@@ -373,6 +373,7 @@ def test_compare_plays_in_step(page: Page) -> None:
         lambda: page.driver.find_elements(By.CSS_SELECTOR, '[data-testid="compare"] video'), "tiles"
     )
     assert len(tiles) == 2
+    assert page.text("compare").count(FLOW) == 2
     times = "return [...arguments].map(video => video.currentTime)"
     page.until(lambda: min(page.script(times, *tiles)) > 0.3, "playing")
     for _ in range(20):
