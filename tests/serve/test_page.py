@@ -45,10 +45,18 @@ ENDED = ("completed", "failed", "cancelled")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of `worldline serve` with a prompted world (FLOW) and one that takes none (BASE)."""
-    server = Served(tmp_path_factory.mktemp("server"), FLOW, BASE)
+    """Address of `worldline serve` with a world that takes no prompt (BASE) and one that does."""
+    server = Served(tmp_path_factory.mktemp("server"), BASE, FLOW)
+    while any(entry["worldline"]["state"] != "ready" for entry in models(server.url)):
+        time.sleep(0.1)
     yield server.url
     server.stop()
+
+
+def models(address: str) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"{address}/v1/models") as response:
+        entries: list[dict[str, Any]] = json.load(response)["data"]
+        return entries
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,18 @@ class Page:
 
     def visible(self, name: str, inside: WebElement | None = None) -> bool:
         return self.part(name, inside).is_displayed()
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def on_top(self, name: str) -> bool:
+        """Whether a click on the middle of a part, where it lies now, is a click on it."""
+        code = (
+            "const box = arguments[0].getBoundingClientRect();"
+            "const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];"
+            "return arguments[0].contains(document.elementFromPoint(x, y));"
+        )
+        return bool(self.script(code, self.part(name)))
 
     def runs(self) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, '[data-testid="run"]')
@@ -225,10 +245,21 @@ def test_upload_progress_preview_video_download(
 
 
 def test_clip_as_input_and_world_without_prompt(page: Page, tmp_path: Path) -> None:
+    # the world that takes text is chosen, though it is the second
+    assert page.part("world").get_property("value") == FLOW
     Select(page.part("world")).select_by_value(BASE)
     assert not page.visible("prompt-field")
     page.click("generate")
     page.until(lambda: page.visible("error-input_reference"), "an error")
+    requests = page.script("return performance.getEntriesByName(`${location}v1/videos`).length")
+    for name, content in (("words.txt", b"a ball"), ("in.png", b"no picture"), ("in.mkv", b"")):
+        (tmp_path / name).write_bytes(content)
+        page.part("file").send_keys(str(tmp_path / name))
+        page.until(lambda name=name: name in page.text("error-input_reference"), "an error")
+        assert not page.visible("source")
+    assert requests == page.script(
+        "return performance.getEntriesByName(`${location}v1/videos`).length"
+    )
     page.part("file").send_keys(str(clip(tmp_path / "in.mp4")))
     page.until(lambda: page.part("input-video").get_property("videoWidth") == 320, "the input")
     assert not page.visible("error-input_reference")
@@ -259,7 +290,11 @@ def test_reload_and_second_window_have_the_same_run(page: Page) -> None:
     page.driver.close()
     page.driver.switch_to.window(page.driver.window_handles[0])
     page.end(page.run(id), "cancelled")
+    assert page.run(id).size["height"] < 260
     assert json.loads(page.fetch(f"videos/{id}"))["status"] == "cancelled"
+    page.click("clear-cancelled")
+    page.until(lambda: not page.visible("clear-cancelled"), "the removal")
+    assert id not in [run.get_attribute("data-id") for run in page.runs()]
 
 
 def test_errors_are_at_their_field(page: Page) -> None:
@@ -270,8 +305,15 @@ def test_errors_are_at_their_field(page: Page) -> None:
     field = page.part("field-num_video_frames")
     assert field.get_attribute("aria-invalid") == "true"
     assert page.driver.switch_to.active_element == field
-    page.write("field-num_video_frames", "33")
+    assert "num_video_frames" not in page.text("error-num_video_frames")
+    page.click("use-num_video_frames")
+    assert field.get_property("value") == "33"
     assert not page.visible("error-num_video_frames")
+    hints = [each.get_property("textContent") for each in page.all(".fields .hint")]
+    assert [hint for hint in hints if "k" in hint.split() or "_" in hint or "--" in hint] == []
+    # nothing lies over the summary where a click brings it into view
+    page.all("[data-testid=advanced] > summary")[0].click()
+    assert page.part("advanced").get_property("open")
     # a folded field is unfolded
     page.write("field-guidance", "101")
     page.script("arguments[0].open = false", page.part("advanced"))
@@ -290,6 +332,7 @@ def test_use_settings_and_same_seed_give_the_same_bytes(page: Page) -> None:
     page.write("prompt", "Another.")
     page.write("field-guidance", "9")
     page.click("use-settings", first)
+    page.until(lambda: page.part("live").size["height"] > 20, "words in view")
     assert page.part("prompt").get_property("value") == "The same twice."
     assert page.part("field-guidance").get_property("value") == "3"
     assert page.part("seed").get_property("value") != str(seed)
@@ -314,7 +357,7 @@ def test_four_seeds_are_four_runs_and_one_upload(page: Page, tmp_path: Path) -> 
     page.part("four-seeds").click()
     runs = page.generate(4)
     videos = [page.job(r) for r in runs]
-    assert sorted(video["seed"] for video in videos) == [0, 1, 4294967294, 4294967295]
+    assert [video["seed"] for video in videos] == [4294967294, 4294967295, 0, 1]
     assert all(video["request"]["input_reference"] for video in videos)
     for run in runs:
         page.end(run)
@@ -330,6 +373,7 @@ def test_compare_plays_in_step(page: Page) -> None:
         lambda: page.driver.find_elements(By.CSS_SELECTOR, '[data-testid="compare"] video'), "tiles"
     )
     assert len(tiles) == 2
+    assert page.text("compare").count(FLOW) == 2
     times = "return [...arguments].map(video => video.currentTime)"
     page.until(lambda: min(page.script(times, *tiles)) > 0.3, "playing")
     for _ in range(20):
@@ -445,6 +489,12 @@ def test_narrow_window_has_no_sideways_scroll(page: Page, scheme: str) -> None:
         page.script("document.querySelector('[data-testid=advanced]').open = true")
         widths = page.script("return [document.documentElement.scrollWidth, innerWidth]")
         assert widths == [360, 360]
+        page.script("arguments[0].click()", page.part("compare-toggle", page.runs()[0]))
+        for width, height in ((375, 740), (320, 640)):
+            sizes.update(width=width, height=height)
+            page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+            page.script("scrollTo(0, 0)")
+            assert page.on_top("generate")
         picture = base64.b64decode(page.driver.get_screenshot_as_base64())
         assert picture.startswith(b"\x89PNG")
     finally:
@@ -465,6 +515,12 @@ def test_everything_by_keyboard(page: Page) -> None:
                 "return [node.dataset.testid, node.tagName, style.outlineStyle]"
             )
         )
+    page.write("prompt", "By keys, again.")
+    page.part("generate").send_keys(Keys.ENTER)
+    page.until(lambda: page.text("run-prompt", page.runs()[0]) == "By keys, again.", "a run")
+    page.until(lambda: page.text("generate") == "Generate", "rest")
+    assert page.driver.switch_to.active_element == page.part("generate")
+    page.click("cancel", page.runs()[0])
     names = [name for name, _, _ in reached]
     wanted = ("world", "file", "prompt", "seed", "dice", "keep", "generate", "four-seeds")
     wanted += ("compare-toggle", "video", "play", "scrub", "download", "use-settings", "menu-open")
@@ -536,6 +592,13 @@ def test_older_videos_come_by_pages(chromium: webdriver.Chrome, tmp_path: Path) 
         assert not page.visible("older")
         ids = [run.get_attribute("data-id") for run in page.runs()]
         assert ids == sorted(ids, reverse=True)
+        page.write("prompt", "In view.")
+        page.script("scrollTo(0, document.body.scrollHeight)")
+        [run] = page.generate()
+        page.until(
+            lambda: page.script("return arguments[0].getBoundingClientRect().top", run) > 0,
+            "the new run in view",
+        )
 
 
 def test_runs_are_right_again_after_a_lost_connection(
@@ -546,19 +609,41 @@ def test_runs_are_right_again_after_a_lost_connection(
         port = int(address.rpartition(":")[2])
         page = Page(chromium, address).open()
         run = page.make("Before.")
-        gone = run.get_attribute("data-id")
+        page.write("field-num_steps", "100")
+        [run] = page.generate()
+        page.until(lambda: page.text("run-left", run), "a time")
     page.until(lambda: page.part("connection").get_attribute("data-state") == "lost", "a loss")
     page.write("prompt", "Meanwhile.")
     page.write("field-guidance", "4")
-    page.click("generate")
+    page.until(lambda: page.visible("trouble"), "the banner")
+    assert page.text("run-left", run) == ""
+    assert float(run.value_of_css_property("opacity")) < 1
+    page.part("generate").click()
     page.until(lambda: page.visible("form-error"), "words")
-    stub.runs.pop(gone)
+    assert page.on_top("form-error")
+    stub.runs.clear()
     stub.device, stub.listeners = type(stub.device)(), []
     with serving(stub, port):
         page.until(lambda: page.part("connection").get_attribute("data-state") == "live", "live")
         page.until(lambda: not page.runs(), "the list of the server")
+        assert not page.visible("form-error")
+        assert not page.visible("trouble")
         assert page.part("field-guidance").get_property("value") == "4"
         page.make("After.")
+
+
+def test_script_that_does_not_load_leaves_words(page: Page) -> None:
+    features = [{"name": "prefers-reduced-motion", "value": "reduce"}]  # else they come late
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*page.js"]})
+    try:
+        page.open(ready=False)
+        assert page.visible("no-script")
+    finally:
+        page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    page.open()
+    assert page.all("[data-testid=no-script]") == []
 
 
 def test_list_is_read_where_no_stream_can_be_had(
@@ -571,5 +656,4 @@ def test_list_is_read_where_no_stream_can_be_had(
 
 
 def test_stub_has_both_worlds(server: str) -> None:
-    with urllib.request.urlopen(f"{server}/v1/models") as response:
-        assert [entry["id"] for entry in json.load(response)["data"]] == [FLOW, BASE]
+    assert [entry["id"] for entry in models(server)] == [BASE, FLOW]

@@ -16,8 +16,14 @@ const STEPS = {
 const LABELS = {
   num_video_frames: "Frames", num_steps: "Steps", guidance: "Guidance", fps: "Frames per second",
   num_input_frames: "Input frames used", negative_prompt: "Negative prompt", top_p: "Top-p",
-  fit: "Fit of the input", width: "Width", height: "Height",
+  fit: "Fit of the input", input_reference: "Start from", lossless: "Lossless copy",
 };
+// help in place of the interface's own
+const HINTS = {
+  lossless: "Keep the frames bit for bit, too, in a second file.",
+  rollout: "How a video longer than the model's own is made: from the last tokens, or from the last frames, encoded again.",
+};
+const IMAGES = ["image/png", "image/jpeg", "image/webp"]; // a GIF is a video
 const MAIN = ["num_video_frames", "num_steps"]; // fields that are not folded
 // made elsewhere on the page, or files of the server's machine
 const SPECIAL = new Set(["prompt", "seed", "model", "width", "height", "preview_every", "input_reference"]);
@@ -65,17 +71,47 @@ function setIcon(button, icon, label) {
   button.setAttribute("aria-label", label);
 }
 
+// Not `disabled`, which would lose the focus of the keyboard.
+function setBusy(button, on) {
+  button.setAttribute("aria-disabled", String(on));
+}
+
 function announce(text) {
   hook("live").textContent = text;
 }
 
+let toastTimer = 0;
+
+// Heard and seen, for what changes out of sight.
+function toast(text) {
+  clearTimeout(toastTimer);
+  announce(text);
+  hook("live").classList.add("toast");
+  toastTimer = setTimeout(() => hook("live").classList.remove("toast"), 4000);
+}
+
+let trouble = "";
+let lost = false; // whether the server does not answer
+
 function showTrouble(text) {
-  setText(hook("trouble"), text);
-  hook("trouble").hidden = !text;
+  trouble = text;
+  const words = lost ? "Reconnecting … The server does not answer; what is typed here stays." : trouble;
+  setText(hook("trouble"), words);
+  hook("trouble").hidden = !words;
+}
+
+function setLost(on) {
+  if (lost === on) return;
+  lost = on;
+  document.body.classList.toggle("lost", on);
+  if (!on) hook("form-error").hidden = true;
+  showTrouble(trouble);
+  runs.forEach(showLeft);
 }
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const still = matchMedia("(prefers-reduced-motion: reduce)");
+const scrollTo = (node, block) => node.scrollIntoView({ block, behavior: still.matches ? "auto" : "smooth" });
 const number = (value) => Number(value).toLocaleString("en", { maximumFractionDigits: 4, useGrouping: false });
 
 function duration(seconds) {
@@ -131,8 +167,10 @@ async function call(path, { method = "GET", json, form, headers = {}, signal } =
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;
+      if (hook("connection").dataset.state !== "live") setLost(true); // a file that cannot be read fails, too
       throw new Refusal(0, { message: "The server does not answer; is it running?", code: "unreachable" });
     }
+    setLost(false);
     if (response.status === 401) {
       if (key === sessionStorage.getItem(KEY)) {
         keyAsked ??= askKey(key ? "The server does not know this key; check it." : "").finally(() => { keyAsked = null; });
@@ -213,6 +251,7 @@ const inputs = new Map(); // field -> {control, schema, default, auto}
 
 const factsOf = (entry) => entry?.worldline ?? {};
 const isLoaded = (entry) => Boolean(factsOf(entry).fields);
+const takesText = (entry) => isLoaded(entry) && Boolean(factsOf(entry).fields.prompt && factsOf(entry).inputs?.includes("none"));
 
 function plainSchema(schema) {
   const kinds = (schema.anyOf ?? schema.oneOf ?? []).filter((each) => each.type !== "null");
@@ -234,16 +273,18 @@ async function loadWorlds() {
     worlds = (await read("v1/models")).data;
     showTrouble("");
   } catch (error) {
-    showTrouble(error.message);
+    if (!lost) showTrouble(error.message);
     worldsTimer = setTimeout(loadWorlds, 3000);
     return;
   }
-  const select = hook("world"), chosen = select.value || sessionStorage.getItem("world");
-  const ids = worlds.map(({ id }) => id);
+  const select = hook("world"), chosen = sessionStorage.getItem("world"), shown = select.value;
+  const ids = worlds.map(({ id }) => id), filled = source || Object.keys(changedFields()).length;
   if (ids.join() !== [...select.options].map(({ value }) => value).join()) {
     select.replaceChildren(...ids.map((id) => element("option", { value: id, textContent: id })));
-    if (ids.includes(chosen)) select.value = chosen;
   }
+  if (ids.includes(chosen)) select.value = chosen;
+  else if (filled && ids.includes(shown)) select.value = shown;
+  else select.value = (worlds.find(takesText) ?? worlds.find(isLoaded) ?? worlds[0])?.id;
   const entry = worlds.find(({ id }) => id === select.value);
   const again = entry?.id === world?.id && isLoaded(world) && !isLoaded(entry); // the form stays as it is filled
   if (entry && !again && JSON.stringify([entry.id, entry.worldline]) !== JSON.stringify([world?.id, world?.worldline])) chooseWorld(entry);
@@ -255,22 +296,28 @@ async function loadWorlds() {
 function showState(entry) {
   const { inputs: kinds = [], fields, guardrails } = factsOf(entry);
   const takes = kinds.map((kind) => ({ none: "text", image: "an image", video: "a clip" })[kind]);
-  if (!busy) hook("generate").disabled = !isLoaded(entry);
+  hook("generate").disabled = !isLoaded(entry);
   setText(hook("world-facts"), isLoaded(entry)
     ? `Starts from ${takes.filter((kind) => kind !== "text" || fields.prompt).join(", ").replace(/, ([^,]*)$/, " or $1")} · guardrails ${guardrails ? "on" : "off"}`
     : "This world is being loaded; it takes requests as soon as it is ready.");
 }
 
+// What a person chose stays, whatever else is loaded.
+function pickWorld(id) {
+  hook("world").value = id;
+  sessionStorage.setItem("world", id);
+  if (id !== world?.id) chooseWorld(worlds.find((entry) => entry.id === id));
+}
+
 function chooseWorld(entry) {
   const typed = changedFields(), facts = factsOf(entry);
   world = entry;
-  sessionStorage.setItem("world", entry.id);
   showState(entry);
   const kinds = facts.inputs ?? [];
   const media = kinds.filter((kind) => kind !== "none");
   hook("input-field").hidden = !media.length;
   if (source && isLoaded(entry) && !media.length) setSource(null);
-  hook("file").accept = media.map((kind) => `${kind}/*`).concat(media.includes("video") ? [".mkv"] : []).join(",");
+  hook("file").accept = media.flatMap((kind) => (kind === "image" ? IMAGES : ["video/*", "image/gif", ".mkv"])).join(",");
   setText(hook("input-need"), kinds.includes("none") ? "(optional)" : "(required)");
   setText(hook("prompt-need"), ["required", undefined].includes(facts.limits?.prompt) ? "" : "(optional)");
   setText(hook("drop-words"), `or drop ${media.map((kind) => ({ image: "an image", video: "a video" })[kind]).join(" or ")}`);
@@ -329,15 +376,27 @@ function register(name, control, schema, facts, auto) {
 function numberInput(schema) {
   const whole = schema.type === "integer";
   const input = element("input", { type: "number", step: whole ? "1" : "any", inputMode: whole ? "numeric" : "decimal" });
-  const least = schema.minimum ?? schema.exclusiveMinimum, most = schema.maximum ?? schema.exclusiveMaximum;
-  if (least !== undefined) input.min = least;
-  if (most !== undefined) input.max = most;
+  if (schema.minimum !== undefined) input.min = schema.minimum;
+  if (schema.maximum !== undefined) input.max = schema.maximum;
   return input;
 }
 
-// Words of a field's help; its flag on a command line has dashes, its default is in the field.
-function hintOf({ description = "" }) {
-  return description.replaceAll("--", "").replace(/\s*\[default:\s*(.*?)\]/, " Automatic: $1.").trim();
+// Names of the interface are labels of the page, formulas are their first numbers.
+function plain(text) {
+  return text
+    .replace(/\b(\d+) \+ (\d+)k\b(, such as \d+)?\.?/g, (_, first, step) => series(Number(first), Number(step)))
+    .replace(/(?<![\w'"-])-*([a-z]+(?:_[a-z]+)+)\b/g, (_, name) => `“${labelOf(name)}”`);
+}
+
+const series = (first, step) => `${first}, ${first + step}, ${first + 2 * step}, …`;
+
+// Words of a field's help; its default is in the field.
+function hintOf(name, { description = "" }, { limits = {}, fields = {} }) {
+  if (name === "num_video_frames" && limits.frames_multiple > 1) {
+    const most = limits.max_frames ? ` up to ${limits.max_frames}` : "";
+    return `${series(limits.min_frames ?? 1, limits.frames_multiple)}${most}, with those of the input.${fields.chunk_size ? " With a chunk size, any number." : ""}`;
+  }
+  return HINTS[name] ?? plain(description.replace(/\s*\[default:\s*(.*?)\]/, " Automatic: $1.")).trim();
 }
 
 function buildField(name, schema, facts) {
@@ -361,7 +420,7 @@ function buildField(name, schema, facts) {
     if (auto) control.placeholder = name !== "num_input_frames" && usual != null ? number(usual) : "automatic";
   }
   register(name, control, schema, facts, auto);
-  const hint = element("p", { className: "hint", id: `hint-${name}`, textContent: hintOf(schema) });
+  const hint = element("p", { className: "hint", id: `hint-${name}`, textContent: hintOf(name, schema, facts) });
   hint.hidden = !hint.textContent;
   const label = element("label", { htmlFor: control.id, textContent: labelOf(name) });
   const body = schema.type === "boolean" ? [element("label", { className: "check" }, control, element("span", { textContent: labelOf(name) }))] : [label, control];
@@ -376,27 +435,14 @@ function buildSize(fields, facts) {
     control.setAttribute("aria-label", `${labelOf(name)} in pixels`);
     control.setAttribute("aria-describedby", "error-size");
     if (facts.limits?.size_multiple) Object.assign(control, { min: facts.limits.size_multiple, step: facts.limits.size_multiple });
+    if (facts.limits?.[`max_${name}`]) control.max = facts.limits[`max_${name}`];
     register(name, control, schema, facts, false);
     return control;
   });
-  const sizes = (Array.isArray(facts.sizes) ? facts.sizes : [])
-    .map((size) => String(size).match(/^(\d+)\D(\d+)$/)).filter(Boolean).map(([, width, height]) => [width, height]);
-  const chips = element("div", { className: "chips", role: "group", "aria-label": "Usual sizes" });
-  const mark = () => chips.childNodes.forEach((chip) => chip.setAttribute("aria-pressed", String(chip.dataset.size === `${controls[0].value}x${controls[1].value}`)));
-  chips.append(...sizes.map(([width, height]) => {
-    const chip = element("button", { type: "button", textContent: `${width} × ${height}`, dataset: { size: `${width}x${height}` } });
-    chip.onclick = () => [width, height].forEach((side, index) => {
-      controls[index].value = side;
-      controls[index].dispatchEvent(new Event("input"));
-    });
-    return chip;
-  }));
-  controls.forEach((control) => control.addEventListener("input", mark));
-  mark();
   return element("div", { className: "field long", dataset: { name: "size" } },
     element("span", { className: "label", textContent: "Size" }),
     element("div", { className: "size" }, controls[0], element("span", { textContent: "×", "aria-hidden": "true" }), controls[1]),
-    ...(sizes.length > 1 ? [chips] : []), problemOf("size"));
+    problemOf("size"));
 }
 
 function buildPreview() {
@@ -435,7 +481,6 @@ function changedFields() {
 
 function fillFields(values) {
   for (const name of inputs.keys()) setField(name, values[name]);
-  for (const name of ["width", "height"]) inputs.get(name)?.control.dispatchEvent(new Event("input"));
   countChanged();
   showLength();
 }
@@ -483,19 +528,31 @@ async function setSource(next) {
   if (current !== source) return;
   current.url = URL.createObjectURL(current.file);
   const node = current.file.type.startsWith("image/") ? image : video;
-  node.onerror = () => { node.hidden = true; };
+  node.onerror = () => {
+    node.hidden = true;
+    if (current !== source) return;
+    if (node === image) refuseFile(`${current.name} cannot be read as an image`);
+    else setText(hook("source-note"), "This browser cannot show it; the server may read it.");
+  };
   node.src = current.url;
   node.hidden = false;
   if (node === video && !still.matches) node.play().catch(() => {});
 }
 
+function refuseFile(problem) {
+  setSource(null);
+  const kinds = { image: "a PNG, JPEG or WebP image", video: "a video" };
+  const wanted = (factsOf(world).inputs ?? []).map((kind) => kinds[kind]).filter(Boolean).join(" or ");
+  showProblem("input_reference", `${problem}; choose ${wanted}.`);
+}
+
 function useFile(file) {
-  if (!file || hook("input-field").hidden) return;
-  const kind = file.type.split("/")[0], kinds = factsOf(world).inputs ?? [];
-  if (["image", "video"].includes(kind) && !kinds.includes(kind)) {
-    hook("file").value = "";
-    return void showProblem("input_reference", `${file.name}: this world starts from ${kinds.filter((each) => each !== "none").join(" or ")}; choose such a file.`);
-  }
+  if (!file) return;
+  if (hook("input-field").hidden) return toast("This world starts from text alone.");
+  // a type that the browser does not know is the server's to judge
+  const kind = IMAGES.includes(file.type) ? "image" : /^video\/|^image\/gif|^$/.test(file.type) ? "video" : "";
+  if (!file.size) return refuseFile(`${file.name} is empty`);
+  if (file.type && !factsOf(world).inputs?.includes(kind)) return refuseFile(`${file.name} is ${file.type}`);
   const size = file.size < 1e6 ? `${Math.max(1, Math.round(file.size / 1e3))} KB` : `${(file.size / 1e6).toFixed(1)} MB`;
   setSource({ upload: true, file, name: file.name, note: size });
 }
@@ -526,7 +583,7 @@ async function useExample() {
   saveDraft();
   clearProblems();
   hook("generate").focus();
-  hook("generate").scrollIntoView({ block: "center", behavior: still.matches ? "auto" : "smooth" });
+  scrollTo(hook("generate"), "center");
 }
 
 const saveDraft = () => sessionStorage.setItem("prompt", hook("prompt").value);
@@ -543,15 +600,50 @@ function controlOf(place) {
   return field.querySelector("input:not([hidden]), select, textarea");
 }
 
+// A message of the server, led by the label of its field.
+function problemWords(param, message, value) {
+  if (!param) return plain(message);
+  const name = String(param).split(/[.[]/)[0], label = labelOf(PLACES[name] === "size" ? name : PLACES[name] ?? name);
+  const nearest = message.match(/the nearest is (\d+)/)?.[1];
+  if (nearest && value) return `${label}: ${value} is not possible; the nearest is ${nearest}.`;
+  const own = message.startsWith(name) && /^\W/.test(message.slice(name.length));
+  return label + plain(own ? message.slice(name.length) : `: ${message}`);
+}
+
+// The valid number nearest to that of a control; null where its limits do not give one.
+function nearestOf(control, message) {
+  if (control.type !== "number" || !control.value) return null;
+  const stated = message.match(/the nearest is (\d+)/)?.[1], value = Number(control.value);
+  if (stated) return Number(stated);
+  const bound = (text, other) => (text === "" ? other : Number(text));
+  const least = bound(control.min, -Infinity), most = bound(control.max, Infinity);
+  const [first, step] = (message.match(/(\d+) \+ (\d+)k/)?.slice(1) ?? [control.min, control.step]).map((text) => Number(text) || 0);
+  let near = Math.min(most, Math.max(least, value));
+  if (step) near = first + step * Math.round((near - first) / step);
+  if (near > most) near -= step;
+  return near === value ? null : near;
+}
+
 function showProblem(param, message) {
   const place = placeOf(param);
   const node = place ? document.getElementById(`error-${place}`) : hook("form-error");
-  const hidden = place && node.closest(".field").hidden;
-  const slot = hidden ? hook("form-error") : node;
-  setText(slot, message);
-  slot.hidden = false;
-  if (!place || hidden) return slot.scrollIntoView({ block: "nearest" });
-  const control = controlOf(place);
+  if (!place || node.closest(".field").hidden) {
+    setText(hook("form-error"), problemWords(param, message));
+    hook("form-error").hidden = false;
+    return hook("form-error").scrollIntoView({ block: "nearest" });
+  }
+  const control = inputs.get(param)?.control ?? controlOf(place), near = nearestOf(control, message);
+  setText(node, problemWords(param, message, control.value));
+  node.hidden = false;
+  if (near !== null) {
+    const use = element("button", { type: "button", className: "link", textContent: `Use ${number(near)}`, dataset: { testid: `use-${place}` } });
+    use.onclick = () => {
+      control.value = near;
+      control.dispatchEvent(new Event("input", { bubbles: true }));
+      control.focus();
+    };
+    node.append(" ", use);
+  }
   node.closest("details")?.setAttribute("open", "");
   control.setAttribute("aria-invalid", "true");
   control.focus();
@@ -560,7 +652,7 @@ function showProblem(param, message) {
 function clearProblem(place) {
   const node = document.getElementById(`error-${place}`);
   node.hidden = true;
-  controlOf(place)?.removeAttribute("aria-invalid");
+  for (const control of node.closest(".field").querySelectorAll("[aria-invalid]")) control.removeAttribute("aria-invalid");
 }
 
 function clearProblems() {
@@ -571,7 +663,7 @@ function clearProblems() {
 function badNumber() {
   for (const [name, { control }] of [...inputs, ["seed", { control: hook("seed") }]]) {
     if (control.validity?.badInput) {
-      showProblem(name, `${labelOf(name)}: this is no number.`);
+      showProblem(name, "this is no number.");
       return true;
     }
   }
@@ -606,29 +698,28 @@ function create(body, first) {
 async function generate(event) {
   event.preventDefault();
   const button = hook("generate");
-  if (button.disabled || !world) return;
+  if (busy || button.disabled || !world) return;
   clearProblems();
   if (badNumber()) return;
   const text = hook("seed").value.trim(), many = hook("four-seeds").checked ? 4 : 1;
   const seed = text === "" ? randomSeed() : Number(text);
-  busy = button.disabled = true;
+  setBusy(button, busy = true);
   setText(button, source?.upload ? "Uploading" : "Sending");
   try {
     let first;
-    for (let index = 0; index < many; index += 1) {
+    for (let index = many - 1; index >= 0; index -= 1) { // the newest is listed first
       const video = await create(requestBody(index ? (seed + index) % SEEDS : seed), first);
       first ??= video.id;
       put(video);
     }
     if (!hook("keep").checked) hook("seed").value = randomSeed();
     announce(many > 1 ? "4 videos are queued." : "The video is queued.");
-    if (innerWidth < 1000) hook("runs").scrollIntoView({ block: "start", behavior: still.matches ? "auto" : "smooth" });
+    scrollTo(hook("runs").firstElementChild, innerWidth < 1000 ? "start" : "nearest");
   } catch (error) {
     showProblem(error.param, error.message);
   } finally {
     setText(button, "Generate");
-    busy = false;
-    button.disabled = !isLoaded(world);
+    setBusy(button, busy = false);
   }
 }
 
@@ -639,8 +730,7 @@ function worldOf(video) {
 async function useSettings(video) {
   const entry = worldOf(video);
   if (!entry) return void showProblem("model", `${video.model} is not on this server now.`);
-  hook("world").value = entry.id;
-  if (entry.id !== world?.id) chooseWorld(entry);
+  pickWorld(entry.id);
   const request = video.request ?? {}, origin = request.input_reference?.input_of;
   const loaded = setSource(origin ? { input_of: origin, path: pathOf(origin, "/content?variant=input"), name: "Input of an earlier video", note: "used again" } : null);
   fillFields(origin ? request : { ...request, num_input_frames: null });
@@ -649,25 +739,21 @@ async function useSettings(video) {
   if (hook("previews")) hook("previews").checked = request.preview_every !== 0;
   clearProblems();
   await loaded;
-  announce("The form has the settings of this video.");
+  toast("The form has the settings of this video, and another seed.");
 }
 
 function sameSeed(video) {
   hook("seed").value = video.seed ?? video.request?.seed;
   hook("keep").checked = true;
-  announce(`The seed is ${hook("seed").value} and kept.`);
+  toast(`The form has seed ${hook("seed").value} and keeps it.`);
 }
 
 function showComposer() {
-  hook("form").scrollIntoView({ block: "start", behavior: still.matches ? "auto" : "smooth" });
+  scrollTo(hook("form"), innerWidth < 1000 ? "start" : "nearest");
 }
 
 async function continueVideo(video) {
-  const entry = worldOf(video);
-  if (entry && entry.id !== world?.id) {
-    hook("world").value = entry.id;
-    chooseWorld(entry);
-  }
+  if (worldOf(video)) pickWorld(video.model);
   hook("prompt").value ||= video.prompt ?? "";
   clearProblems();
   showComposer();
@@ -679,21 +765,23 @@ function remix(video) {
   const dialog = hook("remix-dialog"), text = hook("remix-prompt"), problem = hook("remix-error"), button = hook("remix-submit");
   text.value = video.prompt ?? "";
   problem.hidden = true;
-  button.disabled = false;
+  setBusy(button, false);
   dialog.showModal();
   hook("remix-form").onsubmit = async (event) => {
     event.preventDefault();
-    button.disabled = true;
+    if (button.getAttribute("aria-disabled") === "true") return;
+    setBusy(button, true);
     problem.hidden = true;
     try {
       put(await submit(pathOf(video.id, "/remix"), { json: { prompt: text.value.trim() } }));
       dialog.close();
+      scrollTo(hook("runs").firstElementChild, "nearest");
       announce("The remix is queued.");
     } catch (error) {
-      setText(problem, error.message);
+      setText(problem, problemWords(error.param, error.message));
       problem.hidden = false;
     } finally {
-      button.disabled = false;
+      setBusy(button, false);
     }
   };
 }
@@ -745,6 +833,7 @@ function drop(id) {
 function showCounts() {
   const active = [...runs.values()].filter(({ video }) => !ENDED.has(video.status)).length;
   setText(hook("runs-count"), active ? `${active} under way` : "");
+  hook("clear-cancelled").hidden = !cancelled().length;
   hook("empty").hidden = runs.size > 0 || !listed;
   hook("runs").hidden = !runs.size;
   hook("older").hidden = !hasMore;
@@ -800,7 +889,6 @@ function makeCard(run) {
   const on = (name, action) => hook(name, card).addEventListener("click", () => act(run, action));
   on("cancel", async () => put(await read(pathOf(run.id, "/cancel"), { method: "POST" })));
   on("download", () => saveFile(pathOf(run.id, "/content"), `${run.id}${run.video.media_type === "image/jpeg" ? ".jpg" : ".mp4"}`));
-  on("download-report", () => saveFile(pathOf(run.id, "/content?variant=report"), `${run.id}.json`));
   on("continue", () => continueVideo(run.video));
   on("use-settings", async () => {
     showComposer();
@@ -851,10 +939,22 @@ async function removeRun(run) {
     }, 5000);
     return;
   }
-  await call(pathOf(run.id), { method: "DELETE" });
-  drop(run.id);
-  tabs?.postMessage({ removed: run.id });
-  announce("The video is deleted.");
+  await erase(run.id);
+  toast("The video is deleted.");
+}
+
+async function erase(id) {
+  await call(pathOf(id), { method: "DELETE" });
+  drop(id);
+  tabs?.postMessage({ removed: id });
+}
+
+const cancelled = () => [...runs.values()].filter(({ video }) => video.status === "cancelled");
+
+async function clearCancelled() {
+  document.getElementById("runs").focus({ preventScroll: true }); // the button goes
+  for (const { id } of cancelled()) await erase(id);
+  toast("The cancelled videos are removed.");
 }
 
 function ordinal(place) {
@@ -882,10 +982,10 @@ function render(run) {
   bar.firstElementChild.style.width = `${progress}%`;
   showFacts(run);
   const problem = hook("run-error", card);
-  if (status === "failed") setText(problem, video.error?.message ?? "No reason is known.");
+  if (status === "failed") setText(problem, video.error ? problemWords(video.error.param, video.error.message) : "No reason is known.");
   problem.hidden = status !== "failed";
   hook("cancel", card).hidden = ended;
-  for (const name of ["download-report", "report"]) hook(name, card).hidden = !done;
+  hook("report", card).hidden = !done;
   part("pick", card).hidden = !done;
   const facts = factsOf(worldOf(video)), kinds = facts.inputs ?? [];
   hook("continue", card).hidden = !done || !(kinds.includes("video") || kinds.includes("image"));
@@ -906,13 +1006,13 @@ function showStill(run, url) {
 function showLeft(run) {
   const { video, etaAt, card } = run;
   const seconds = etaAt === null ? null : (etaAt - Date.now()) / 1000;
-  setText(hook("run-left", card), ENDED.has(video.status) || seconds === null ? ""
+  setText(hook("run-left", card), lost || ENDED.has(video.status) || seconds === null ? ""
     : seconds < 1 ? "nearly there" : `about ${duration(seconds)} left`);
 }
 
 function showFacts({ video, card }) {
   const facts = [];
-  if (video.num_frames) facts.push(`${video.num_frames} frames`);
+  if (video.num_frames) facts.push(`${video.num_frames} frame${video.num_frames > 1 ? "s" : ""}`);
   if (video.width) facts.push(`${video.width} × ${video.height}`);
   if (video.seconds) facts.push(`${number(Number(video.seconds).toFixed(2))} s`);
   if (video.seed != null) facts.push(`seed ${video.seed}`);
@@ -1106,7 +1206,7 @@ async function copyText(text, message) {
     document.execCommand("copy");
     area.remove();
   }
-  announce(message);
+  toast(message);
 }
 
 function definitions(entries) {
@@ -1128,6 +1228,8 @@ async function showReport(video) {
     await copyText(curl.textContent, "The curl command is copied.");
     setText(copy, "Copied");
   };
+  const save = element("button", { type: "button", className: "link", textContent: "Download as JSON", dataset: { testid: "download-report" } });
+  save.onclick = () => saveFile(pathOf(video.id, "/content?variant=report"), `${video.id}.json`);
   const request = Object.entries(video.request ?? {}).filter(([name, value]) => name !== "model" && value !== null && value !== "");
   body.replaceChildren(element("div", { className: "report" },
     section("Request", definitions([["id", video.id], ["model", video.model], ...request])),
@@ -1141,6 +1243,7 @@ async function showReport(video) {
     ...(report.frames_sha256 ? [section("Frames", definitions([["SHA-256", report.frames_sha256]]))] : []),
     section("The same by curl", curl, copy),
     element("details", {}, element("summary", { textContent: "Whole report" }), element("pre", { textContent: JSON.stringify(report, null, 1), tabIndex: 0, dataset: { testid: "report-json" } })),
+    element("p", {}, save),
   ));
   dialog.showModal();
 }
@@ -1150,7 +1253,7 @@ async function showReport(video) {
 function pick(run, on) {
   if (on && picked.size === 4) {
     hook("compare-toggle", run.card).checked = false;
-    return announce("Four videos are compared at most.");
+    return toast("Four videos are compared at most.");
   }
   if (on) picked.add(run.id);
   else picked.delete(run.id);
@@ -1175,7 +1278,7 @@ function clearPicks() {
 
 function differences(videos) {
   const flat = videos.map((video) => ({ model: video.model, ...video.request, seed: video.seed, prompt: video.prompt }));
-  const names = [...new Set(flat.flatMap(Object.keys))].filter((name) => !["input_reference", "preview_every", "prompt"].includes(name));
+  const names = [...new Set(flat.flatMap(Object.keys))].filter((name) => !["input_reference", "preview_every", "prompt", "model"].includes(name));
   const differ = names.filter((name) => new Set(flat.map((each) => JSON.stringify(each[name] ?? null))).size > 1);
   return flat.map((each) => differ.map((name) => `${labelOf(name).toLowerCase()} ${each[name] ?? "automatic"}`).join(" · "));
 }
@@ -1230,6 +1333,24 @@ class Together {
   }
 }
 
+// The number of columns with which the videos are largest.
+const fitter = new ResizeObserver(([{ target }]) => {
+  const figures = [...target.children], gap = 16;
+  if (!figures.length) return;
+  target.style.removeProperty("--wide");
+  const { width, height } = target.getBoundingClientRect();
+  const ratio = Math.max(...figures.map(({ firstChild }) => Number(firstChild.style.getPropertyValue("--ratio"))));
+  const words = 7 + Math.max(...figures.map(({ lastChild }) => lastChild.offsetHeight));
+  const fits = figures.map((_, index) => {
+    const columns = index + 1, rows = Math.ceil(figures.length / columns), tall = (height - gap * (rows - 1)) / rows - words;
+    return { columns, tall, wide: Math.min((width - gap * index) / columns, tall * ratio) };
+  });
+  const best = fits.reduce((most, next) => (next.wide > most.wide ? next : most), { columns: 1, tall: 0, wide: 0 });
+  target.style.setProperty("--columns", best.columns);
+  for (const name of ["tall", "wide"]) target.style.setProperty(`--${name}`, `${best[name]}px`);
+});
+fitter.observe(hook("tiles"));
+
 async function compare() {
   const chosen = [...picked].map((id) => runs.get(id)), videos = chosen.map(({ video }) => video);
   const dialog = hook("compare"), tiles = hook("tiles"), scrub = hook("compare-scrub"), button = hook("compare-play"), label = hook("compare-frame");
@@ -1252,11 +1373,9 @@ async function compare() {
   const details = differences(videos);
   const figures = await Promise.all([
     ...[...origins].slice(0, 1).map((id) => tile(pathOf(id, "/content?variant=input"), origins.size > 1 ? "Input of the first" : "Input", "", "")),
-    ...videos.map((video, index) => tile(pathOf(video.id, "/content"), `Video ${index + 1}`, video.prompt, details[index])),
+    ...videos.map((video, index) => tile(pathOf(video.id, "/content"), `${index + 1} · ${video.model}`, video.prompt, details[index])),
   ]);
   tiles.replaceChildren(...figures);
-  tiles.style.setProperty("--columns", { 4: 2 }[figures.length] ?? Math.min(3, figures.length));
-  tiles.style.setProperty("--tall", figures.length > 3 ? "32dvh" : "62dvh");
   const media = [...tiles.querySelectorAll("video")].filter((video) => video.duration > 0);
   chosen.forEach(({ card }) => hook("video", card).pause());
   dialog.showModal();
@@ -1355,7 +1474,7 @@ const waitFor = (milliseconds) => new Promise((resolve) => {
 });
 
 async function follow() {
-  let delay = 500, lost = false;
+  let delay = 500, again = false;
   for (;;) {
     // a hidden tab gives its connection back: browsers have six for a server
     while (document.hidden) await waitFor(60_000);
@@ -1372,7 +1491,7 @@ async function follow() {
       await resync();
       showConnection("live", "Live");
       showTrouble("");
-      if (lost) loadWorlds(); // it may be another server now
+      if (again) loadWorlds(); // it may be another server now
       delay = 500;
       for await (const { name, data } of messages(response.body)) {
         alive();
@@ -1381,11 +1500,12 @@ async function follow() {
       showConnection("lost", "Reconnecting");
     } catch (error) {
       showConnection("lost", "Reconnecting");
+      if (signal.aborted && !document.hidden) setLost(true);
       // without a stream the list is read again and again
       if (error.code !== "unreachable" && !signal.aborted) await resync().catch(() => {});
-      if (error.message && !signal.aborted && !listed) showTrouble(error.message);
+      if (!lost && error.message && !signal.aborted && !listed) showTrouble(error.message);
     }
-    lost = true;
+    again = true;
     clearTimeout(watchdog);
     stream.abort();
     await waitFor(delay * (0.75 + Math.random() / 2));
@@ -1408,7 +1528,7 @@ hook("form").addEventListener("input", (event) => {
   const place = event.target.closest(".field")?.dataset.name;
   if (place && place !== "input_reference") clearProblem(place);
 });
-hook("world").addEventListener("change", () => chooseWorld(worlds.find(({ id }) => id === hook("world").value)));
+hook("world").addEventListener("change", () => pickWorld(hook("world").value));
 hook("file").addEventListener("change", (event) => useFile(event.target.files[0]));
 hook("input-clear").addEventListener("click", () => {
   setSource(null);
@@ -1428,6 +1548,7 @@ hook("dice").addEventListener("click", () => {
 hook("example").addEventListener("click", useExample);
 hook("example-small").addEventListener("click", useExample);
 hook("older").addEventListener("click", showOlder);
+hook("clear-cancelled").addEventListener("click", () => clearCancelled().catch((error) => showTrouble(error.message)));
 hook("compare-open").addEventListener("click", () => compare().catch((error) => showTrouble(error.message)));
 hook("compare-clear").addEventListener("click", clearPicks);
 hook("forget-key").addEventListener("click", () => {
@@ -1459,5 +1580,7 @@ document.addEventListener("keydown", (event) => {
   menu.querySelector("summary").focus();
 });
 
+showConnection("connecting", "Connecting");
+hook("no-script").remove();
 loadWorlds();
 follow();
