@@ -23,7 +23,7 @@ from worldline.serve.errors import ApiError
 from worldline.serve.forms import Body, FormText, Upload, parse_json, read_body
 from worldline.serve.jobs import Queue
 from worldline.serve.records import Facts, Job, MediaKind, new_id
-from worldline.serve.schema import choose_model, flattened, read_fields
+from worldline.serve.schema import as_written, choose_model, flattened, read_fields
 from worldline.serve.settings import AppSettings
 from worldline.serve.store import Store
 
@@ -107,7 +107,8 @@ class Intake:
                 return earlier
             stated.setdefault("seed", secrets.randbelow(1 << 32))
             stated["seed"] = (stated["seed"] + number) % (1 << 32)
-            job = await self._checked(model, stated, source)
+            with as_written(wanted, facts):
+                job = await self._checked(model, stated, source)
             job = replace(
                 job,
                 owner=owner,
@@ -286,9 +287,8 @@ def find_job(store: Store, id: Any, owner: str, param: str = "video_id") -> Job:
         raise ApiError("video_not_found", f"no video has the id {brief(id)}", param)
     try:
         return store.get(str(id), owner)
-    except ApiError as error:
-        error.param = param
-        raise
+    except ApiError:
+        raise ApiError("video_not_found", f"no video has the id {brief(id)}", param) from None
 
 
 def _link(source: Path, path: Path) -> None:

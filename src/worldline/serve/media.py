@@ -10,6 +10,7 @@ import asyncio
 import base64
 import http.client
 import json
+import math
 import os
 import re
 import resource
@@ -98,7 +99,8 @@ def sniff_file(path: Path) -> tuple[MediaKind, str]:
 
 
 def _unreadable(problem: str) -> ApiError:
-    return ApiError("unreadable_media", f"{PARAM}: {problem}; {_FORMATS}", PARAM)
+    advice = "" if "; " in problem else f"; {_FORMATS}"
+    return ApiError("unreadable_media", f"{PARAM}: {problem}{advice}", PARAM)
 
 
 async def probe(path: str | Path, kind: MediaKind) -> dict[str, Any]:
@@ -160,7 +162,11 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
                 return {"error": problem}
         info = read_measurements(path)
     except InputError as error:
-        return {"error": printable(str(error).replace(f"{path}: ", "").replace(str(path), "it"))}
+        problem = printable(str(error).replace(f"{path}: ", "").replace(str(path), "it"))
+        if kind == "video" and "truncated" in problem:  # its first bytes are those of a video
+            reason = problem.rpartition(": ")[2]
+            problem = f"the video is damaged or cut short ({reason}); send the whole file"
+        return {"error": problem}
     except MemoryError:
         return {"error": "it cannot be decoded with 1 GB of memory"}
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
@@ -175,7 +181,10 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
 def _too_large(width: int, height: int) -> str:
     if width * height <= MAX_PIXELS:
         return ""
-    return f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:.0f} million"
+    scale = math.sqrt(MAX_PIXELS / (width * height))
+    most = f"{max(1, int(width * scale))} x {max(1, int(height * scale))}"
+    pixels = f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:.0f} million"
+    return f"{pixels}; scale it down to at most {most}"
 
 
 def _confine() -> None:
