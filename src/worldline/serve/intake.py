@@ -287,8 +287,11 @@ def find_job(store: Store, id: Any, owner: str, param: str = "video_id") -> Job:
         raise ApiError("video_not_found", f"no video has the id {brief(id)}", param)
     try:
         return store.get(str(id), owner)
-    except ApiError:
-        raise ApiError("video_not_found", f"no video has the id {brief(id)}", param) from None
+    except ApiError as error:
+        if error.code == "video_not_found":
+            error.message = f"no video has the id {brief(id)}"
+        error.param = param
+        raise
 
 
 def _link(source: Path, path: Path) -> None:
