@@ -198,6 +198,7 @@ def test_start_and_sigterm(tmp_path: Path) -> None:
                     break
             except OSError:
                 time.sleep(0.1)
+        assert server.stdout.readline() == f"ready: {words[1]}\n"
         return server, match[0]
 
     def end(server: subprocess.Popen[str]) -> int:
