@@ -82,9 +82,9 @@ def test_time_left_before_a_job_was_measured() -> None:
         progress.step(kind, done, 10 if kind == "denoise" else 1, when)
         assert progress.remaining(when) is None
     for done in range(2, 11):
-        progress.step("denoise", done, 10, 18.0 + done)  # a second each, 10 of them
+        progress.step("denoise", done, 10, 19.0 + done)  # a second each
         left = 10 - done + 10 * 6 / 90  # the rest, and decoding by its usual share
-        assert progress.remaining(18.0 + done) == pytest.approx(left)
-    progress.step("decode", 1, 2, 29.0)
-    assert progress.remaining(29.0) == pytest.approx(10 * 3 / 90)
+        assert progress.remaining(19.0 + done) == pytest.approx(left)
+    progress.step("decode", 1, 2, 30.0)
+    assert progress.remaining(30.0) == pytest.approx(10 * 3 / 90)
     assert progress.remaining(99.0) == 0
