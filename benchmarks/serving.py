@@ -1,6 +1,6 @@
 """Measure `worldline serve` on bundled worlds: what it adds to a clip, and what it bears.
 
-    python benchmarks/serving.py --output benchmarks/results/serving.json
+    python -m benchmarks.serving --output benchmarks/results/serving.json
 
 Clips are made in turn by the server and by a world in this process, so that other work on the
 machine slows both; the server's worker has the same options.
@@ -9,25 +9,21 @@ machine slows both; the server's worker has the same options.
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import torch
 
 import worldline
+from tests.serve.served import Served, ask_all
 from worldline.report import environment
 from worldline.serve.records import Job, new_id
 from worldline.serve.store import Store
@@ -40,8 +36,8 @@ STORED = 10_000
 class Client:
     """One connection that is kept."""
 
-    def __init__(self, port: int) -> None:
-        self.connection = HTTPConnection("127.0.0.1", port, timeout=120)
+    def __init__(self, server: Served) -> None:
+        self.connection = HTTPConnection(urlsplit(server.url).netloc, timeout=120)
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body)
@@ -52,31 +48,14 @@ class Client:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[tuple[int, int]]:
-    """Port and process of a server whose world is ready."""
-    words = ["serve", WORLD, "--port", "0", "--data_dir", str(folder), "--queue_size", "100000"]
-    log = folder.with_suffix(".log")
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worldline", *words], stdout=stream, stderr=stream
-        )
-        try:
-            while not (match := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.05)
-            port = int(match[1])
-            while Client(port).ask("GET", "/health")[0] != 200:
-                time.sleep(0.1)
-            yield port, process.pid
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def resident(process: int) -> float:
-    """Memory of a process, 1e6 bytes."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def serving(folder: Path) -> Iterator[Served]:
+    """A server whose world is ready."""
+    server = Served(folder, WORLD, "--queue_size", "100000")
+    try:
+        server.until_ready()
+        yield server
+    finally:
+        server.stop()
 
 
 def made(client: Client, seed: int) -> dict[str, Any]:
@@ -90,9 +69,9 @@ def made(client: Client, seed: int) -> dict[str, Any]:
     return dict(job)
 
 
-def first_step(client: Client, port: int, seed: int) -> float:
+def first_step(server: Served, client: Client, seed: int) -> float:
     """Milliseconds from the answer to a request to the first event of a step; then cancelled."""
-    events = HTTPConnection("127.0.0.1", port, timeout=60)
+    events = HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     events.request("GET", "/v1/events")
     stream = events.getresponse()
     _, job = client.ask("POST", "/v1/videos", {"prompt": PROMPT, "seed": seed})
@@ -108,23 +87,12 @@ def first_step(client: Client, port: int, seed: int) -> float:
     return seconds * 1e3
 
 
-def load(port: int, requests: int, together: int, path: str) -> dict[str, Any]:
+def load(server: Served, count: int, together: int, path: str) -> dict[str, Any]:
     """Requests a second, and statuses, of clients that ask at once."""
-    statuses: Counter[int] = Counter()
-
-    def ask() -> None:
-        client = Client(port)
-        mine = Counter(client.ask("GET", path)[0] for _ in range(requests // together))
-        statuses.update(mine)
-
-    threads = [threading.Thread(target=ask) for _ in range(together)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    statuses = ask_all(server.url, [("GET", path, None)], count, together)
     seconds = time.perf_counter() - began
-    return {"requests_per_second": round(sum(statuses.values()) / seconds), "statuses": statuses}
+    return {"requests_per_second": round(count / seconds), "statuses": statuses}
 
 
 def fill(folder: Path, count: int) -> None:
@@ -148,10 +116,10 @@ def main(clips: int, stored: int, requests: int, output: Path, commit: str) -> N
     torch.set_num_threads(1)
     result: dict[str, Any] = {"commit": commit, **environment(torch.device("cpu"))}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "data")
+        folder = Path(temporary)
         world = worldline.load(WORLD)
-        with serving(folder) as (port, process):
-            client = Client(port)
+        with serving(folder) as server:
+            client = Client(server)
             made(client, 0)
             world.generate(prompt=PROMPT, seed=0)
             served, local = [], []
@@ -166,15 +134,15 @@ def main(clips: int, stored: int, requests: int, output: Path, commit: str) -> N
                 "seconds_local": round(seconds[1], 4),
                 "overhead": round(seconds[0] / seconds[1] - 1, 4),
             }
-            steps = [first_step(client, port, seed) for seed in range(10)]
+            steps = [first_step(server, client, seed) for seed in range(10)]
             result["ms_to_the_first_step"] = round(median(steps), 1)
-            before = resident(process)
-            result["load"] = load(port, requests, 64, "/v1/videos?limit=20")
-            result["load"]["growth_mb"] = round(resident(process) - before, 1)
-        fill(folder, stored)
-        with serving(folder) as (port, process):
-            [job] = Client(port).ask("GET", "/v1/videos?limit=1&order=asc")[1]["data"]
-            found = load(port, requests, 4, f"/v1/videos/{job['id']}")
+            before = server.resident()
+            result["load"] = load(server, requests, 64, "/v1/videos?limit=20")
+            result["load"]["growth_mb"] = round(server.resident() - before, 1)
+        fill(folder / "data", stored)
+        with serving(folder) as server:
+            [job] = Client(server).ask("GET", "/v1/videos?limit=1&order=asc")[1]["data"]
+            found = load(server, requests, 4, f"/v1/videos/{job['id']}")
             result["retrieve"] = {"stored": stored, **found}
     print(json.dumps(result, indent=1))
     output.parent.mkdir(parents=True, exist_ok=True)

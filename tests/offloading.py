@@ -66,7 +66,7 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             weight.data = torch.full_like(value, torch.nan)
 
     @contextmanager
-    def visiting(part: Offloadable[Any]) -> Iterator[nn.Module]:
+    def visiting(part: Offloadable[Any], tokens: int | None = None) -> Iterator[nn.Module]:
         if not part.offload:
             yield part.module
             return
@@ -77,7 +77,7 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for weight, value in home[id(part)]:
             weight.data = value
         try:
-            with on_device(part) as module:
+            with on_device(part, tokens) as module:
                 yield module
         finally:
             hide(part)
@@ -86,6 +86,7 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Offloadable, "__init__", made)
     monkeypatch.setattr(TextEncoder, "__init__", made_text)
     monkeypatch.setattr(Offloadable, "on_device", visiting)
+    monkeypatch.setattr(Offloadable, "_has_room", lambda part: False)
     return visits
 
 

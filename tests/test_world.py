@@ -23,6 +23,7 @@ from worldline.families.autoregressive import family
 from worldline.inputs import read_clip
 from worldline.locate import bundled_names
 from worldline.memory import Memory
+from worldline.parallel.offload import Offloadable
 from worldline.video.read import read_image, read_video
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
@@ -614,8 +615,16 @@ def test_adapters_are_merged_into_what_is_streamed(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("room", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_offloading_on_a_gpu(kind: str, load: Callable[..., worldline.World], clip: Path) -> None:
+def test_offloading_on_a_gpu(
+    kind: str,
+    room: bool,
+    load: Callable[..., worldline.World],
+    clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Offloadable, "_has_room", lambda part: room)
     videos, options = [], dict(KINDS[kind].options)
     if "prompt" in options:
         options["prompt"] = "never used before"

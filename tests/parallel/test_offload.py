@@ -103,6 +103,27 @@ def test_streamed_blocks_give_what_resident_ones_give(depth: int) -> None:
         assert torch.equal(module(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "room", "whole"),
+    [(15_999, True, True), (15_999, False, False), (16_000, True, False), (None, True, False)],
+)
+def test_short_work_moves_the_whole_module_where_there_is_room(
+    tokens: int | None, room: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks would wait for their copies: 16,000 tokens take as long as one."""
+    module, x = Stack(3).requires_grad_(False), torch.randn(3, 8)
+    expected = module(x)
+    part = streamed(module, PLAN)
+    monkeypatch.setattr(part, "_has_room", lambda: room)
+    for _ in range(2):
+        with part.on_device(tokens) as there:
+            assert torch.equal(there(x), expected)
+            assert part.streamed is not whole
+            assert any(block._forward_pre_hooks for block in module.blocks) is not whole
+    with part.on_device():
+        assert part.streamed
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_an_exception_in_the_middle_of_a_forward(
     early: bool,

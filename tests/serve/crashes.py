@@ -18,6 +18,7 @@ from typing import Any
 
 from worldline.serve.jobs import Queue, Settings
 from worldline.serve.records import Job, Worker, new_id
+from worldline.serve.rows import Rows
 from worldline.serve.store import Store
 
 from .fake_worker import FakeWorker, Script
@@ -100,7 +101,7 @@ def main(folder: Path, last: int) -> None:
     points = Points(last)
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, points.around(getattr(os, name)))
-    Store._commit = points.around(Store._commit)  # type: ignore[method-assign]
+    Rows._commit = points.around(Rows._commit)  # type: ignore[method-assign]
     answers = os.open(folder / f"{last}.answers", os.O_WRONLY | os.O_CREAT)
     asyncio.run(serve(folder / str(last), answers))
     print(points.count)

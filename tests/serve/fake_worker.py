@@ -102,7 +102,8 @@ class FakeWorker:
         request = {name: entry.get("default") for name, entry in known.items()} | dict(stated)
         if request["seed"] is None:
             request["seed"] = 1234
-        shape = {"num_frames": request["num_video_frames"], "height": 64, "width": 96, "fps": 24.0}
+        shape = {name: request[name] for name in ("height", "width", "fps")}
+        shape["num_frames"] = request["num_video_frames"]
         together = self.script.max_batch_size > 1
         return Checked(request, shape, f"{kind} {shape['num_frames']}" if together else None)
 

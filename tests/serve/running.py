@@ -5,12 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,39 +151,3 @@ def running(
         stop[0]()
         thread.join(30)
     assert not problems, problems
-
-
-class Served:
-    """A server in a process of its own.
-
-    Attributes:
-        url: its address.
-    """
-
-    def __init__(self, folder: Path, *worlds: str, port: int = 0, key: str = "") -> None:
-        words = [sys.executable, "-m", "worldline", "serve", *worlds, "--port", str(port)]
-        self.log = folder / "server.log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WORLDLINE_API_KEY": key}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*words, "--data_dir", str(folder / "data")],
-                stderr=log,
-                stdout=log,
-                env=environment,
-            )
-        self.url = self._wait()
-
-    def _wait(self) -> str:
-        for _ in range(600):
-            if found := re.search(r"http://[\d.]+:[1-9]\d*", self.log.read_text()):
-                return found[0]
-            try:
-                self.process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-        raise AssertionError(self.log.read_text())
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
-        self.process.wait(60)

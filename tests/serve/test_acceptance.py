@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import signal
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ pytest.importorskip("fastapi", reason="needs worldline[serve]")
 from prometheus_client.parser import text_string_to_metric_families
 
 import worldline
-from tests.serve.running import Served
+from tests.serve.served import Served
 
 pytestmark = pytest.mark.slow
 
@@ -29,34 +26,12 @@ CLIP = Path(worldline.__file__).parent / "bundled" / "demo" / "clip.mp4"
 ENDED = ("completed", "failed", "cancelled")
 
 
-class Server:
+class Server(Served):
     """Two worlds behind one address, whose autoregressive clips are made four at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.served = Served(folder, FLOW, AR, "--batch_size", "4", "--batch_window_ms", "10000")
-        self.until(lambda: self.open("/health")[0] == 200)
-
-    def open(self, path: str, body: object = None) -> tuple[int, bytes]:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.served.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def ask(self, path: str, body: object = None) -> Any:
-        status, answer = self.open(path, body)
-        assert status == 200, answer
-        return json.loads(answer)
-
-    def until(self, done: Callable[[], Any], seconds: float = 60) -> Any:
-        end = time.monotonic() + seconds
-        while not (found := done()):
-            assert time.monotonic() < end, self.served.log.read_text()[-3000:]
-            time.sleep(0.02)
-        return found
+        super().__init__(folder, FLOW, AR, "--batch_size", "4", "--batch_window_ms", "10000")
+        self.until_ready()
 
     def job(self, id: str) -> Any:
         return self.ask(f"/v1/videos/{id}")
@@ -69,7 +44,7 @@ class Server:
         return self.until(lambda: (job := self.job(id))["step"] and job)
 
     def workers(self) -> list[int]:
-        pid = self.served.process.pid
+        pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [int(child) for child in children]
 
@@ -86,7 +61,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("served"))
     yield server
-    server.served.stop()
+    server.stop()
 
 
 def long(prompt: str = "a red ball") -> dict[str, Any]:
@@ -160,5 +135,5 @@ def test_no_prompt_leaves_its_owner(server: Server) -> None:
     id = server.ask("/v1/videos", {**long("a xylophonic quokka"), "num_steps": 1})["id"]
     assert server.ended(id)["status"] == "completed"
     assert server.job(id)["prompt"] == "a xylophonic quokka"
-    texts = server.served.log.read_text(), server.open("/metrics")[1].decode()
+    texts = server.log.read_text(), server.open("/metrics")[1].decode()
     assert not any("quokka" in text for text in texts)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import io
 import json
+import os
 import re
 import socket
 import sys
+import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from worldline.serve.content import spritesheet
+from worldline.serve.errors import ApiError
 from worldline.video.write import write_video
 
 from .fake_worker import FakeWorker, Script
@@ -94,8 +101,6 @@ def test_json_and_forms_make_equal_jobs(server: Running) -> None:
 
 
 def test_an_input_as_file_data_url_and_id(server: Running) -> None:
-    import base64
-
     url = f"data:text/plain;base64,{base64.b64encode(PNG.getvalue()).decode()}"
     parts = ("input_reference", PNG.getvalue(), "../../x.mp4"), ("prompt", b"a ball")
     first = server.ask("POST", "/v1/videos", form(*parts), MULTIPART).json()
@@ -121,8 +126,6 @@ def test_an_input_as_file_data_url_and_id(server: Running) -> None:
 
 def test_content_ranges_and_variants(server: Running) -> None:
     id = create(server)["id"]
-    early = server.ask("GET", f"/v1/videos/{id}/content")
-    assert early.status == 200 or early.code == "not_ready"
     assert server.wait(id)["status"] == "completed"
     path = f"/v1/videos/{id}/content"
     whole = server.ask("GET", path)
@@ -193,6 +196,39 @@ def test_remix(server: Running) -> None:
     assert server.ask("POST", path, {"prompt": 3}).code == "invalid_value"
     assert server.ask("POST", path, {}).code == "missing_parameter"
     assert server.ask("POST", path, {"prompt": "a", "seed": 1}).code == "unknown_parameter"
+
+
+def test_a_video_of_a_world_that_is_not_served(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        id = create(server)["id"]
+        server.wait(id)
+
+    def make(world: str, name: str) -> FakeWorker:
+        return FakeWorker(world, name)
+
+    with running(tmp_path / "data", {"other": [make("other", "other/0")]}, make) as server:
+        assert server.ask("GET", f"/v1/videos/{id}").json()["model"] == "fake"
+        for path, fields in (
+            (f"/v1/videos/{id}/remix", {}),
+            ("/v1/videos/extensions", {"video": {"id": id}}),
+        ):
+            answer = server.ask("POST", path, {"prompt": "a cube", **fields})
+            assert (answer.status, answer.code) == (404, "model_not_found"), path
+
+
+@pytest.mark.parametrize("route", ["/v1/videos/extensions", "/v1/infer"])
+def test_two_inputs_of_two_names(server: Running, route: str) -> None:
+    """Neither takes the place of the other, and neither stays in incoming/."""
+    picture = PNG.getvalue()
+    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}".encode()
+    file, text = ("input_reference", picture, "a.png"), ("input_reference", url)
+    for other in (file, text):
+        for video in (("video", picture, "b.png"), ("video", url)):
+            answer = server.ask("POST", route, form(other, video, ("prompt", b"a")), MULTIPART)
+            assert answer.code == "conflicting_parameters"
+            assert server.incoming() == []
+        alone = server.ask("POST", route, form(("video", *other[1:]), ("prompt", b"a")), MULTIPART)
+        assert alone.status == 200, alone.content
 
 
 def test_routes_that_are_not_there(server: Running) -> None:
@@ -327,12 +363,24 @@ def test_streams_have_a_limit_and_comments(tmp_path: Path) -> None:
         assert int(refused.headers["retry-after"]) <= 120
         for stream in opened:
             stream.close()
-        videos = server.app.state.videos
         for _ in range(100):
-            if not videos.streams:
+            if not server.queue.num_listeners:
                 break
             time.sleep(0.02)
-        assert videos.streams == 0
+        assert server.queue.num_listeners == 0
+
+
+def test_streams_that_are_asked_for_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", stated={"streams": 2}) as server:
+        port = int(server.url.rpartition(":")[2])
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(9)]
+        for client in clients:
+            client.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        statuses = [client.recv(12) for client in clients]
+        assert statuses.count(b"HTTP/1.1 200") == 2
+        assert statuses.count(b"HTTP/1.1 429") == 7
+        for client in clients:
+            client.close()
 
 
 def test_sync(tmp_path: Path) -> None:
@@ -371,16 +419,27 @@ def test_a_client_that_leaves_sync_cancels(tmp_path: Path) -> None:
         assert server.wait(jobs[0]["id"])["status"] == "cancelled"
 
 
-def test_failed_and_cancelled_videos(server: Running) -> None:
-    id = create(server, prompt="refuse it")["id"]
-    video = server.wait(id)
-    assert (video["status"], video["error"]["code"]) == ("failed", "guardrail_refused")
-    content = server.ask("GET", f"/v1/videos/{id}/content")
-    assert (content.status, content.code) == (422, "video_failed")
-    id = create(server, num_steps=1000)["id"]
-    server.ask("POST", f"/v1/videos/{id}/cancel")
-    video = server.wait(id)
-    if video["status"] == "cancelled":
+def test_pictures_after_one_that_fails_are_not_made(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", Script(seconds=0.1)) as server:
+        body = {"prompt": "refuse it", "n": 3}
+        answer = server.ask("POST", "/v1/images/generations", body)
+        assert (answer.status, answer.code) == (400, "guardrail_refused")
+        statuses = [each["status"] for each in server.ask("GET", "/v1/videos").json()["data"]]
+        assert statuses == ["cancelled", "cancelled", "failed"]
+
+
+def test_content_of_videos_that_are_not_completed(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", Script(seconds=0.01, steps=10_000)) as server:
+        id = create(server, prompt="refuse it")["id"]
+        video = server.wait(id)
+        assert (video["status"], video["error"]["code"]) == ("failed", "guardrail_refused")
+        content = server.ask("GET", f"/v1/videos/{id}/content")
+        assert (content.status, content.code) == (422, "video_failed")
+        id = create(server)["id"]
+        content = server.ask("GET", f"/v1/videos/{id}/content")
+        assert (content.status, content.code) == (404, "not_ready")
+        server.ask("POST", f"/v1/videos/{id}/cancel")
+        assert server.wait(id)["status"] == "cancelled"
         content = server.ask("GET", f"/v1/videos/{id}/content")
         assert (content.status, content.code) == (422, "video_cancelled")
 
@@ -392,7 +451,9 @@ def test_limits_of_the_server(tmp_path: Path) -> None:
             ({"num_video_frames": 13}, "num_video_frames"),
         ):
             answer = server.ask("POST", "/v1/videos", {"prompt": "a ball", **fields})
+            assert (answer.status, answer.code) == (400, "invalid_value")
             assert answer.json()["error"]["param"] == param
+        assert create(server, num_frames=9, size="96x64")["num_frames"] == 9
 
 
 def test_a_sheet_of_frames(tmp_path: Path) -> None:
@@ -409,6 +470,25 @@ def test_a_sheet_of_frames(tmp_path: Path) -> None:
         assert server.wait(id)["status"] == "completed"
         sheet = server.ask("GET", f"/v1/videos/{id}/content?variant=spritesheet")
         assert Image.open(io.BytesIO(sheet.content)).size == (4 * 96, 4 * 64)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 60])
+def test_sprites_are_frames_of_the_whole_video(tmp_path: Path, count: int) -> None:
+    """The first is at the upper left, the last at the lower right; few are in memory at once."""
+    greys = np.linspace(20, 220, count).astype(np.uint8)
+    frames = np.broadcast_to(greys[:, None, None, None], (count, 256, 384, 3))
+    write_video(frames, tmp_path / "video.mp4", 24)
+    spritesheet(tmp_path).unlink()  # what it imports counts no more
+    tracemalloc.start()
+    path = spritesheet(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sheet = np.asarray(Image.open(path))
+    height, width = sheet.shape[0] // 4, sheet.shape[1] // 4
+    middles = sheet[height // 2 :: height, width // 2 :: width, 0].ravel()
+    expected = np.interp(np.linspace(0, 1, 16), np.linspace(0, 1, count), greys)
+    assert np.abs(middles - expected).max() <= 100 / max(1, count - 1) + 4
+    assert peak < 8 * frames[0].size
 
 
 def test_urls_of_this_machine_are_refused(tmp_path: Path) -> None:
@@ -463,6 +543,34 @@ def test_unexpected_errors(server: Running, monkeypatch: pytest.MonkeyPatch) -> 
     assert answer.headers["x-should-retry"] == "false"
     assert b"secret" not in answer.content
     assert server.incoming() == []
+
+
+def test_an_input_for_which_the_disk_has_no_room(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = server.ask(
+        "POST",
+        "/v1/videos",
+        form(("input_reference", PNG.getvalue(), "a.png"), ("prompt", b"a")),
+        MULTIPART,
+    ).json()
+
+    def fail(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copy(source: Path, path: Path) -> None:
+        fail(path, source.read_bytes())
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr("worldline.serve.intake._link", copy)
+    url = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
+    for reference in (url, {"input_of": first["id"]}):
+        body = {"prompt": "a ball", "input_reference": reference}
+        answer = server.ask("POST", "/v1/videos", body)
+        assert (answer.status, answer.code) == (503, "disk_full")
+        assert server.incoming() == []
 
 
 # what no client should send
@@ -531,6 +639,7 @@ FORMS: dict[str, Callable[[], bytes]] = {
     },  # type: ignore[misc]
     "wrong field": lambda: form(("video", PNG.getvalue(), "a.png")),
     "two files": lambda: form(*2 * [("input_reference", PNG.getvalue(), "a.png")]),
+    "three files without content": lambda: form(*3 * [("input_reference", b"", "")]),
     "three files": lambda: form(*(("f" + str(n), b"x", "a.png") for n in range(3))),
     "seed a file": lambda: form(("seed", b"3", "a.txt")),
     "file and text": lambda: form(
@@ -557,6 +666,9 @@ FORMS: dict[str, Callable[[], bytes]] = {
     "seed of words": lambda: form(("seed", b"seven")),
     "boolean seed": lambda: form(("seed", b"true")),
     "list seed": lambda: form(("seed[]", b"1")),
+    "half a character in metadata": lambda: form(("metadata", b'{"a": "\\ud800"}')),
+    "half a character in a text": lambda: form(("extra_params", b'{"prompt": "\\ud800"}')),
+    "NUL in a text": lambda: form(("extra_params", b'{"prompt": "a\\u0000b"}')),
     "url": lambda: form(("input_reference[image_url]", b"https://example.org/a.png")),
     "path": lambda: form(("input_reference", b"/etc/passwd")),
 }
@@ -592,6 +704,14 @@ def test_wrong_bodies(server: Running) -> None:
     for body in BODIES:
         if body != b"{}":
             refused(server, server.ask("POST", "/v1/videos", body, headers))
+
+
+def test_a_body_of_many_values(server: Running) -> None:
+    """It is refused by its text: its values would take a hundred times its bytes."""
+    body = b'{"metadata": [' + b"0," * 900_000 + b"0]}"
+    answer = server.ask("POST", "/v1/videos", body, {"Content-Type": "application/json"})
+    assert (answer.status, answer.code) == (400, "invalid_json")
+    assert "100,000" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -655,6 +775,85 @@ def test_broken_requests(server: Running, data: bytes) -> None:
             break
         time.sleep(0.02)
     assert server.incoming() == []
+
+
+def test_silent_clients_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request and within its headers, the first one's and a later one's."""
+    monkeypatch.setattr("worldline.serve.server.KEEP_ALIVE_S", 0.3)
+    asked = b"GET /v1/version HTTP/1.1\r\nHost: localhost\r\n"
+    with serving(tmp_path / "data", comment_s=0.1) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for data in (b"", asked, asked + b"\r\n", asked + b"\r\n" + asked):
+            with socket.create_connection(address, timeout=10) as client:
+                client.sendall(data)
+                while client.recv(4096):
+                    pass
+        with socket.create_connection(address, timeout=10) as client:  # an answer takes longer
+            client.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            received = b""
+            while received.count(b": still here") < 6:
+                received += (part := client.recv(4096))
+                assert part
+
+
+def test_a_client_that_takes_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worldline.serve.server.STALL_S", 0.3)
+    size = 30_000_000  # more than the buffers of a connection
+
+    def write(task: Any) -> None:
+        for name in ("video.mp4", "thumbnail.jpg", "report.json"):
+            Path(task.folder, name).write_bytes(bytes(size if name == "video.mp4" else 9))
+
+    with serving(tmp_path / "data", Script(seconds=0.001, write=write)) as server:
+        id = create(server)["id"]
+        server.wait(id)
+        assert len(server.ask("GET", f"/v1/videos/{id}/content").content) == size
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=10) as client:
+            path = f"/v1/videos/{id}/content"
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            time.sleep(1.5)
+            received = 0
+            with suppress(ConnectionResetError):
+                while part := client.recv(1 << 20):
+                    received += len(part)
+            assert received < size
+
+
+def test_slow_hosts_hold_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def fetch(*_: Any, **__: Any) -> None:
+        ended.wait(20)
+        raise ApiError("url_refused", "the host is slow")
+
+    monkeypatch.setattr("worldline.serve.intake.fetch_url", fetch)
+    with serving(tmp_path / "data", stated={"allow_url_inputs": ("*",)}) as server:
+        names = server.store.incoming
+        taken: list[Path] = []
+        monkeypatch.setattr(server.store, "incoming", lambda: taken.append(names()) or taken[-1])
+        body = {"prompt": "a", "input_reference": {"image_url": "https://example.org/a.png"}}
+        askers = [
+            threading.Thread(target=server.ask, args=("POST", "/v1/videos", body))
+            for _ in range(40)
+        ]
+        for asker in askers:
+            asker.start()
+        try:
+            url = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
+            for _ in range(500):
+                if len(taken) == len(askers):
+                    break
+                time.sleep(0.01)
+            began = time.monotonic()
+            create(server, input_reference=url)
+            assert time.monotonic() - began < 10
+        finally:
+            ended.set()
+            for asker in askers:
+                asker.join()
 
 
 def test_an_upload_that_breaks_leaves_nothing(server: Running) -> None:

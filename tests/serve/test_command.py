@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,8 @@ import pytest
 from worldline.cli.serve import Machine, choose_worlds, default_worlds, family_of, listen, read_keys
 from worldline.errors import InputError
 from worldline.serve.security import refuse_open_host
+
+from .served import Served
 
 COMMAND = [sys.executable, "-m", "worldline"]
 NO_KEY = {name: value for name, value in os.environ.items() if name != "WORLDLINE_API_KEY"}
@@ -175,50 +174,19 @@ def test_workers_take_the_gpus_of_a_machine_in_turn(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_start_and_sigterm(tmp_path: Path) -> None:
     """The server prints its address, makes a video, keeps a job that runs, and ends with 0."""
-    words = ["serve", "tiny-Cosmos-Predict2.5-2B", "--port", "0", "--data_dir", str(tmp_path)]
-    options = ["--device", "cpu", "--drain_s", "0"]
-
-    def ask(url: str, body: object = None) -> dict[str, str]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            found: dict[str, str] = json.load(answer)
-            return found
-
-    def start() -> tuple[subprocess.Popen[str], str]:
-        server = subprocess.Popen(
-            [*COMMAND, *words, *options], stdout=subprocess.PIPE, text=True, env=NO_KEY
-        )
-        assert server.stdout is not None
-        match = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-        assert match
-        for _ in range(600):
-            try:
-                if ask(f"{match[0]}/health")["status"] == "ready":
-                    break
-            except OSError:
-                time.sleep(0.1)
-        assert server.stdout.readline() == f"ready: {words[1]}\n"
-        return server, match[0]
-
-    def end(server: subprocess.Popen[str]) -> int:
-        assert server.stdout is not None
-        with server.stdout:
-            return server.wait(20)
-
-    server, url = start()
-    second = run(*words)
-    assert (second.returncode, str(server.pid) in second.stderr) == (2, True), second.stderr
-    long = ask(f"{url}/v1/videos", {"prompt": "a ball", "num_steps": 15})
-    while ask(f"{url}/v1/videos/{long['id']}")["status"] == "queued":
-        time.sleep(0.05)
+    words = ("tiny-Cosmos-Predict2.5-2B", "--device", "cpu", "--drain_s", "0")
+    server = Served(tmp_path, *words)
+    server.until_ready()
+    server.until(lambda: f"ready: {words[0]}\n" in (tmp_path / "server.out").read_text())
+    second = run("serve", words[0], "--port", "0", "--data_dir", str(tmp_path / "data"))
+    assert (second.returncode, str(server.process.pid) in second.stderr) == (2, True), second.stderr
+    job = server.ask("/v1/videos", {"prompt": "a ball", "num_steps": 15})
+    path = f"/v1/videos/{job['id']}"
+    server.until(lambda: server.ask(path)["status"] != "queued")
     began = time.monotonic()
-    server.send_signal(signal.SIGTERM)
-    assert end(server) == 0
+    assert server.stop(signal.SIGTERM) == 0
     assert time.monotonic() - began < 15
-    server, url = start()
-    while ask(f"{url}/v1/videos/{long['id']}")["status"] in ("queued", "in_progress"):
-        time.sleep(0.1)
-    assert ask(f"{url}/v1/videos/{long['id']}")["status"] == "completed"
-    server.send_signal(signal.SIGINT)
-    assert end(server) == 0
+    server = Served(tmp_path, *words)
+    server.until(lambda: server.ask(path)["status"] not in ("queued", "in_progress"))
+    assert server.ask(path)["status"] == "completed"
+    assert server.stop(signal.SIGINT) == 0

@@ -30,7 +30,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
-from tests.serve.running import Served
+from tests.serve.served import Served
 from tests.serve.stub_server import BASE, FLOW, Stub, serving
 from worldline.video.write import write_video
 

@@ -25,7 +25,7 @@ from worldline.serve.workers import LocalWorker
 from worldline.video.read import read_video
 from worldline.world import load
 
-from .running import Served
+from .served import Served
 from .test_worker import DRAWING, alive, gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]

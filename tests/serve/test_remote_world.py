@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import worldline
-from tests.serve.running import Served
+from tests.serve.served import Served
 from worldline.client.wire import RemoteError
 from worldline.errors import InputError
 from worldline.video.read import read_video

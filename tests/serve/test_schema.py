@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
 
 from worldline.serve.errors import ApiError
 from worldline.serve.forms import FormText, parse_json
+from worldline.serve.objects import model_object, video_object
 from worldline.serve.records import Facts, Job
-from worldline.serve.schema import (
-    as_written,
-    choose_model,
-    convert,
-    flattened,
-    model_object,
-    read_fields,
-    video_object,
-)
+from worldline.serve.schema import as_written, choose_model, flattened, read_fields
 from worldline.serve.settings import AppSettings
+from worldline.serve.values import convert
 
 _INTEGER = {"type": "integer", "minimum": 1, "maximum": 1000}
 FACTS = Facts(
@@ -49,7 +44,7 @@ FIXED = Facts(**{**vars(FACTS), "fields": {"seed": FACTS.fields["seed"]}})
 
 
 def stated(facts: Facts = FACTS, **values: Any) -> Any:
-    return read_fields(flattened(values), "world", facts).stated
+    return read_fields(flattened(values), facts).stated
 
 
 @pytest.mark.parametrize(
@@ -148,6 +143,25 @@ def test_models() -> None:
         assert (caught.value.code, caught.value.param) == (code, "model")
 
 
+def test_long_names_are_neither_searched_nor_kept() -> None:
+    names = [str(number) * 1_000_000 for number in range(9)]
+
+    def refuse(name: str) -> None:
+        with pytest.raises(ApiError):
+            choose_model(name, ["fake"])
+        with pytest.raises(ApiError):
+            stated(**{name: 1})
+
+    refuse("before")  # what is imported counts no more
+    tracemalloc.start()
+    for name in names:
+        refuse(name + "x")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1_500_000  # the last one at most
+    assert peak < 12_000_000
+
+
 def test_numbers_in_forms() -> None:
     schema = {"type": "integer"}
     assert convert("n", FormText(" 12 "), schema) == 12
@@ -209,7 +223,7 @@ def test_errors_name_what_was_written() -> None:
         ({"size": "9000x4"}, "width", "size", "1920x16"),
         ({"width": 100}, "width", "width", "100"),
     ):
-        wanted = read_fields(values, "world", facts)
+        wanted = read_fields(values, facts)
         with pytest.raises(ApiError) as caught, as_written(wanted, facts):
             raise ApiError("invalid_value", f"{param} is {wanted.stated[param]}; no", param)
         assert caught.value.param == written

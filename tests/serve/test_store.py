@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from worldline.errors import InputError
 from worldline.serve.errors import ApiError
 from worldline.serve.folder import check_local, file_system
 from worldline.serve.records import ENDED, Job, new_id
-from worldline.serve.store import _COLUMNS, _INSERT, RESULTS, Store, _values
+from worldline.serve.store import RESULTS, Store
 
 from . import crashes
 
@@ -94,6 +95,18 @@ def test_a_job_comes_back_as_it_was(tmp_path: Path) -> None:
     store.close()
 
 
+def test_ids_sort_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(1_800_000_000_000_000_000, 1_800_000_000_002_000_000, 250))
+    monkeypatch.setattr(time, "time_ns", lambda: next(times))
+    ids = [new_id() for _ in range(8000)]  # of two milliseconds
+    assert ids == sorted(set(ids))
+    for id in (ids[0], ids[-1]):
+        parsed = uuid.UUID(id.removeprefix("video_"))
+        assert (parsed.version, parsed.variant) == (7, uuid.RFC_4122)
+        assert parsed.int >> 80 == int(id[6:18], 16)
+    assert int(ids[-1][6:18], 16) - int(ids[0][6:18], 16) == 1
+
+
 def test_folders_are_private(store: Store) -> None:
     for path in (store.path, *(p for p in store.path.iterdir() if p.is_dir())):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
@@ -101,7 +114,7 @@ def test_folders_are_private(store: Store) -> None:
     assert len(paths) == 4  # with those of the write-ahead log
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
     settings = {
-        name: store._writer.execute(f"PRAGMA {name}").fetchone()[0]
+        name: store.rows._writer.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "busy_timeout", "user_version")
     }
     assert settings == {
@@ -179,16 +192,53 @@ def test_one_of_many_threads_adds_a_key(store: Store) -> None:
     assert not [*(store.path / "incoming").iterdir()]
 
 
+def test_names_and_counts_wait_for_no_write(store: Store) -> None:
+    """The event loop asks for them while another thread waits for the disk."""
+    names: list[Path] = []
+    asker = threading.Thread(target=lambda: names.append(store.incoming()))
+    with store.rows.writing:
+        asker.start()
+        asker.join(5)
+        assert names
+        assert store.counts() == {}
+    assert store.incoming() not in names
+
+
+def test_counts_while_worlds_are_added(store: Store) -> None:
+    problems: list[Exception] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            try:
+                store.counts()
+            except RuntimeError as error:
+                problems.append(error)
+
+    asker = threading.Thread(target=ask)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asker.start()
+        for number in range(100):
+            store.add(job(model=f"w{number}"), None)
+    finally:
+        sys.setswitchinterval(usual)
+        ended.set()
+        asker.join()
+    assert not problems
+
+
 def test_progress_is_in_memory_until_it_is_written(store: Store) -> None:
     one = store.add(job(), None)
     store.note(one.id, progress=40, step_kind="denoise")
     assert store.get(one.id, None).progress == 40
-    assert store.select("id = ?", one.id)[0].progress == 0
+    assert store.rows.select("id = ?", one.id)[0].progress == 0
     store.flush()
-    assert store.select("id = ?", one.id)[0].step_kind == "denoise"
+    assert store.rows.select("id = ?", one.id)[0].step_kind == "denoise"
     store.note(one.id, progress=50)
     store.update(one.id, status="in_progress")
-    assert store.select("id = ?", one.id)[0].progress == 50  # with what changes the row anyway
+    assert store.rows.select("id = ?", one.id)[0].progress == 50  # with what changes the row anyway
     store.update(one.id, status="completed")
     assert refused(lambda: store.note(one.id, progress=1)).code == "video_not_found"
     assert refused(lambda: store.update(new_id(), progress=1)).code == "video_not_found"
@@ -255,6 +305,16 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     for _ in range(2):  # and no lock is left behind
         with pytest.raises(InputError, match=r"damaged/jobs\.sqlite3"):
             Store(damaged)
+    inside = tmp_path / "inside"
+    store = Store(inside)
+    store.add(job(), None)
+    store.close()
+    database = sqlite3.connect(inside / "jobs.sqlite3")
+    database.execute("UPDATE jobs SET request = '{'")
+    database.commit()
+    database.close()
+    with pytest.raises(InputError, match=r"inside/jobs\.sqlite3"):
+        Store(inside)
     newer = tmp_path / "newer"
     Store(newer).close()
     database = sqlite3.connect(newer / "jobs.sqlite3")
@@ -301,8 +361,8 @@ def test_network_file_systems_are_refused(
 
 
 def test_a_full_disk_leaves_nothing(store: Store) -> None:
-    (pages,) = store._writer.execute("PRAGMA page_count").fetchone()
-    store._writer.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = store.rows._writer.execute("PRAGMA page_count").fetchone()
+    store.rows._writer.execute(f"PRAGMA max_page_count = {pages}")
     kept = 0
 
     def fill() -> None:
@@ -321,10 +381,10 @@ def test_a_full_disk_leaves_nothing(store: Store) -> None:
 
 def test_gets_are_cheap_among_ten_thousand(store: Store) -> None:
     ids = []
-    with store._transaction() as database:
+    with store.rows.transaction():
         for i in range(10_000):
             one = job(status="queued" if i % 100 == 0 else "completed", created_at=1.0)
-            database.execute(_INSERT, (*_values(one, _COLUMNS), 1))
+            store.rows.insert(one)
             ids.append(one.id)
     began = time.process_time()
     for id in ids[::10]:

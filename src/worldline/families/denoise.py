@@ -317,9 +317,11 @@ def generate(
                 if request.preview_every:
                     parts.colours  # noqa: B018 - fitted while the tokenizer is there
 
-        with stage(recorder, "denoise"), parts.transformer.on_device() as model:
-            grid = astuple(grid_of(parts.opened, window.video))
-            noise = standard_noise(window.seed, (1, parts.config.latent_channels, *grid))
+        grid = grid_of(parts.opened, window.video)
+        tokens = parts.config.tokens(grid).tokens // parts.compute.mesh.video.count
+        with stage(recorder, "denoise"), parts.transformer.on_device(tokens) as model:
+            shape = (1, parts.config.latent_channels, *astuple(grid))
+            noise = standard_noise(window.seed, shape)
             cache = start_cache(parts, window.step_cache, ratios(parts.opened, window))
             inputs = window, model, noise.to(parts.device), known, prompts, cache
             count, steps = sample(parts, *inputs)

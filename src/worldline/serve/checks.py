@@ -20,11 +20,10 @@ from worldline.files import check_path
 from worldline.inputs import InputType, check_file
 from worldline.request import Request
 from worldline.serve.errors import ApiError
-from worldline.serve.records import Checked, Facts
+from worldline.serve.records import INPUT, Checked, Facts
 from worldline.video.read import MediaInfo
 from worldline.world import World
 
-INPUT = "input_reference"  # what a client calls the input
 LOSSLESS = "lossless"  # field by which a client asks for frames bit for bit; of no world's request
 KINDS: tuple[InputType | None, ...] = (None, "image", "video")
 _MARK = "\0"  # around the names of fields in messages; values are escaped there

@@ -16,9 +16,11 @@ from worldline.errors import brief
 from worldline.serve.answers import Json
 from worldline.serve.content import first_frame
 from worldline.serve.errors import ApiError
-from worldline.serve.forms import Body, FormText
+from worldline.serve.forms import Body
+from worldline.serve.records import Job
 from worldline.serve.routes import Videos
-from worldline.serve.schema import OWN, convert, flattened
+from worldline.serve.schema import OWN, flattened
+from worldline.serve.values import convert
 
 _COUNT = {"type": "integer", "minimum": 1, "maximum": 4}
 _VIDEO_PARAMS = {
@@ -83,33 +85,31 @@ class Compatible:
                 raise ApiError("invalid_value", message, "num_video_frames")
             if values.get("size") == "auto":
                 del values["size"]
-            make = self.videos.intake.make
             if count > 1 and "seed" in values:
                 convert("seed", values["seed"], OWN["seed"])
-            jobs = []
-            try:
-                for number in range(count):
-                    jobs.append(await make(request, body, number=number))
-            except BaseException:
-                for job in jobs:
-                    await self.videos.queue.cancel(job.id)
-                raise
+            data = await self._pictures(request, body, count)
         finally:
             body.discard()
-        pictures = []
-        for place, job in enumerate(jobs):
-            try:
-                job = await self.videos.finished(request, job)
-            except BaseException:
-                for other in jobs[place + 1 :]:
-                    await self.videos.queue.cancel(other.id)
-                raise
-            path = self.videos.store.folder(job.id) / "video.mp4"
-            png = await asyncio.to_thread(first_frame, path)
-            pictures.append(
-                {"b64_json": base64.b64encode(png).decode(), "seed": job.seed, "video_id": job.id}
-            )
-        return Json({"created": int(time.time()), "data": pictures})
+        return Json({"created": int(time.time()), "data": data})
+
+    async def _pictures(self, request: Request, body: Body, count: int) -> list[dict[str, Any]]:
+        """Entries of the answer; where one cannot be made, none of those after it is."""
+        jobs, pictures = list[Job](), list[dict[str, Any]]()
+        try:
+            for number in range(count):
+                jobs.append(await self.videos.intake.make(request, body, number=number))
+            for job in jobs:
+                ended = await self.videos.finished(request, job)
+                path = self.videos.store.folder(job.id) / "video.mp4"
+                png = base64.b64encode(await asyncio.to_thread(first_frame, path)).decode()
+                pictures.append({"b64_json": png, "seed": ended.seed, "video_id": ended.id})
+        except BaseException:
+            # the one that was waited for has ended, or goes on
+            waited = len(jobs) == count
+            for job in jobs[len(pictures) + waited :]:
+                await self.videos.queue.cancel(job.id)
+            raise
+        return pictures
 
 
 def _unfold(values: dict[str, Any]) -> None:
@@ -134,16 +134,11 @@ def _unfold(values: dict[str, Any]) -> None:
 def _take_media(body: Body) -> None:
     """Make `image` or `video`, a file, a data URL or base64, the input."""
     for name in ("image", "video"):
-        if name in body.uploads:
-            body.uploads.setdefault("input_reference", body.uploads.pop(name))
-        value = body.values.pop(name, None)
+        value = body.values.get(name)
         if value is None:
-            continue
-        if not isinstance(value, str):
+            body.values.pop(name, None)
+        elif not isinstance(value, str):
             raise ApiError("invalid_value", f"{name} is {brief(value)}; give base64", name)
-        if "input_reference" in body.values:
-            message = f"{name} and input_reference are two inputs; give one"
-            raise ApiError("conflicting_parameters", message, name)
-        if value[:5].lower() != "data:" and "://" not in value[:9]:
-            value = f"data:application/octet-stream;base64,{value}"
-        body.values["input_reference"] = FormText(value)
+        elif value[:5].lower() != "data:" and "://" not in value[:9]:
+            body.values[name] = f"data:application/octet-stream;base64,{value}"
+        body.rename(name, "input_reference")

@@ -101,19 +101,21 @@ def spritesheet(folder: Path) -> Path:
     from PIL import Image
 
     from worldline.files import replacing
-    from worldline.video.read import read_video
+    from worldline.video.read import probe, read_frames
 
-    path = folder / "spritesheet.jpg"
+    path, video = folder / "spritesheet.jpg", folder / "video.mp4"
     if path.exists():
         return path
-    frames = read_video(folder / "video.mp4").frames
-    last = len(frames) - 1
-    height, width = frames.shape[1:3]
-    size = min(width, SPRITE_WIDTH), max(1, round(height * min(1.0, SPRITE_WIDTH / width)))
+    info = probe(video)
+    scale = min(1.0, SPRITE_WIDTH / info.width)
+    size = round(info.width * scale), max(1, round(info.height * scale))
     sheet = Image.new("RGB", (size[0] * COLUMNS, size[1] * (SPRITES // COLUMNS)))
-    for place in range(SPRITES):
-        frame = Image.fromarray(frames[round(last * place / (SPRITES - 1))]).resize(size)
-        sheet.paste(frame, (place % COLUMNS * size[0], place // COLUMNS * size[1]))
+    numbers = [round((info.frames - 1) * place / (SPRITES - 1)) for place in range(SPRITES)]
+    chosen = sorted({*numbers})
+    for number, frame in zip(chosen, read_frames(video, chosen), strict=True):  # one at a time
+        sprite = Image.fromarray(frame).resize(size)
+        for place in (place for place in range(SPRITES) if numbers[place] == number):
+            sheet.paste(sprite, (place % COLUMNS * size[0], place // COLUMNS * size[1]))
     with replacing(path) as temporary:
         sheet.save(temporary, "JPEG", quality=85)
     return path
@@ -123,10 +125,10 @@ def first_frame(path: Path) -> bytes:
     """First frame of a video as PNG."""
     from PIL import Image
 
-    from worldline.video.read import read_video
+    from worldline.video.read import read_frames
 
     data = io.BytesIO()
-    Image.fromarray(read_video(path).frames[0]).save(data, "PNG")
+    Image.fromarray(next(read_frames(path, [0]))).save(data, "PNG")
     return data.getvalue()
 
 

@@ -13,7 +13,7 @@ from worldline.serve.errors import ApiError
 from worldline.serve.line import Batch, Entry, Wish
 from worldline.serve.outcomes import Outcomes
 from worldline.serve.pool import Pool, Slot
-from worldline.serve.records import Facts, Worker, WorkerDied
+from worldline.serve.records import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,6 @@ class Dispatcher:
         self.pool.start()
         self.spawn(self._watch())
 
-    def facts(self, world: str) -> Facts | None:
-        return self.pool.facts.get(world)
-
     def close(self) -> None:
         """End all that goes on."""
         self._closed = True
@@ -100,7 +97,7 @@ class Dispatcher:
 
     def schedule(self, world: str) -> None:
         """Give workers that are free what waits for them."""
-        line, facts = self.outcomes.line(world), self.facts(world)
+        line, facts = self.outcomes.line(world), self.pool.facts.get(world)
         for slot in self.pool.free(world):
             if self.stopping or not line.waiting:
                 return
@@ -170,7 +167,7 @@ class Dispatcher:
         elif name == "step":
             outcomes.step(entry, event["kind"], event["done"], event["total"])
         elif name == "preview":
-            facts = self.facts(entry.world)
+            facts = self.pool.facts.get(entry.world)
             if facts and not facts.guardrails:  # no frame is seen before a guardrail has seen it
                 outcomes.preview(entry, event)
         elif name == "begun":
@@ -234,7 +231,7 @@ class Dispatcher:
 
     def busy(self, world: str) -> list[float | None]:
         """Seconds until each worker of a world is free; None where that cannot be known."""
-        now, facts = self._now(), self.facts(world)
+        now, facts = self._now(), self.pool.facts.get(world)
         busy: list[float | None] = []
         for slot in self.pool.slots.get(world, ()):
             batch = slot.batch if isinstance(slot.batch, Batch) else None
@@ -251,11 +248,11 @@ class Dispatcher:
 
     def ends(self, world: str) -> Mapping[str, float]:
         """Seconds until each job that waits for a world is made."""
-        facts, jobs = self.facts(world), self.outcomes.store
+        facts = self.pool.facts.get(world)
         busy = [seconds for seconds in self.busy(world) if seconds is not None]
 
         def seconds(entry: Entry) -> float | None:
-            return self.outcomes.estimates.seconds(jobs.get(entry.id, None))
+            return self.outcomes.estimates.seconds(self.store.get(entry.id, None))
 
         largest = facts.max_batch_size if facts else 1
         return self.outcomes.line(world).ends(busy, largest, seconds)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
-from worldline.errors import is_disk_full
+from worldline.errors import is_disk_full, strerror
 
 logger = logging.getLogger(__name__)
 
@@ -75,3 +76,12 @@ class ApiError(Exception):
         self.status, self.type = CODES[code]
         self.code, self.message, self.param = code, message, param
         self.retry_after, self.extra = retry_after, dict(extra or {})
+
+
+def unwritable(error: OSError | sqlite3.Error) -> ApiError:
+    """The answer where the disk takes nothing; the log has the reason."""
+    logger.error("a write failed: %s", strerror(error))
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if is_disk_full(error) or code == sqlite3.SQLITE_FULL:
+        return ApiError("disk_full", "The server's disk is full; try later.", retry_after=60)
+    return ApiError("internal_error", "The server cannot write to its disk.")

@@ -20,8 +20,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from worldline.errors import brief, counted
-from worldline.serve.errors import ApiError
-from worldline.serve.settings import MAX_DEPTH, MAX_FIELDS, MAX_FILES, AppSettings
+from worldline.serve.errors import ApiError, unwritable
+from worldline.serve.settings import MAX_COMMAS, MAX_DEPTH, MAX_FIELDS, MAX_FILES, AppSettings
 
 _HEAD = 4096  # first bytes of a file, by which its kind is known
 _MEGABYTE = 1_000_000
@@ -37,7 +37,6 @@ class Upload:
     """A file of a form, on disk."""
 
     path: Path
-    size: int
     sha256: str
     head: bytes
 
@@ -53,6 +52,20 @@ class Body:
 
     values: dict[str, Any] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a field or a file another name, which no other may have.
+
+        Raises:
+            ApiError: conflicting_parameters.
+        """
+        places: tuple[dict[str, Any], dict[str, Any]] = self.values, self.uploads
+        if sum(name in place for name in (old, new) for place in places) > 1:
+            message = f"{old} and {new} are there twice, or both; give one"
+            raise ApiError("conflicting_parameters", message, old)
+        for place in places:
+            if old in place:
+                place[new] = place.pop(old)
 
     def discard(self) -> None:
         """Remove files that no job has taken."""
@@ -76,17 +89,16 @@ async def read_body(request: Request, settings: AppSettings, incoming: Callable[
         if not isinstance(values, dict):
             raise ApiError("invalid_json", f"the body is {_called(values)}; give an object")
         _check_count(len(values))
-        _check_values(values)
         return Body(values)
     form = _Form(settings, incoming)
     try:
         await _read_form(request, settings, options.get(b"boundary", b""), form)
-        values = _nested(form.texts)
-        _check_values(values)
+        form.body.values = _nested(form.texts)
+        _check_values(form.body.values)
     except BaseException:
         form.discard()
         raise
-    return Body(values, form.uploads)
+    return form.body
 
 
 def _content_type(request: Request) -> tuple[str, dict[bytes, bytes]]:
@@ -137,11 +149,17 @@ def parse_json(data: bytes | str) -> Any:
     """A JSON value without NaN, names that are there twice, and deep nesting.
 
     Raises:
-        ApiError: invalid_json.
+        ApiError: invalid_json; invalid_value where an object holds what no field may hold.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if text.count(",") > MAX_COMMAS:  # millions of values would take gigabytes and seconds
+            message = f"more than {MAX_COMMAS:,} commas; send files in a form"
+            raise ApiError("invalid_json", message)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if isinstance(value, dict):
+            _check_values(value)
+        return value
     except RecursionError:
         raise _too_deep() from None
     except UnicodeDecodeError as error:
@@ -226,7 +244,8 @@ class _Form:
     def __init__(self, settings: AppSettings, incoming: Callable[[], Path]) -> None:
         self.limit, self.incoming = settings.max_field_mb * _MEGABYTE, incoming
         self.texts: list[tuple[str, FormText]] = []
-        self.uploads: dict[str, Upload] = {}
+        self.body = Body()
+        self.num_files = 0
         self.ended = False
         self.size = 0
         self.headers: dict[str, bytes] = {}
@@ -274,9 +293,10 @@ class _Form:
         if b"filename" not in options:
             _check_count(len(self.texts) + 1)
             return
-        if len(self.uploads) >= MAX_FILES:
+        self.num_files += 1
+        if self.num_files > MAX_FILES:  # also of those in which nothing was chosen
             raise ApiError("invalid_value", f"more than {MAX_FILES} files; give one", self.name)
-        if self.name in self.uploads:
+        if self.name in self.body.uploads:
             message = f"{brief(self.name)} is there twice; give one file"
             raise ApiError("conflicting_parameters", message, self.name[:80])
         self.filename = options[b"filename"]
@@ -301,9 +321,8 @@ class _Form:
             self.file.close()
             self.file = None
             if self.filename or self.size:
-                self.uploads[self.name] = Upload(
-                    self.path, self.size, self.hash.hexdigest(), self.head
-                )
+                upload = Upload(self.path, self.hash.hexdigest(), self.head)
+                self.body.uploads[self.name] = upload
             else:  # a page's file chooser in which nothing was chosen
                 self.path.unlink(missing_ok=True)
             return
@@ -321,8 +340,7 @@ class _Form:
         if self.file is not None:
             self.file.close()
             self.path.unlink(missing_ok=True)
-        for upload in self.uploads.values():
-            upload.path.unlink(missing_ok=True)
+        self.body.discard()
 
 
 async def _read_form(request: Request, settings: AppSettings, boundary: bytes, form: _Form) -> None:
@@ -336,7 +354,7 @@ async def _read_form(request: Request, settings: AppSettings, boundary: bytes, f
     except (FormParserError, AssertionError):  # its messages quote bytes
         raise ApiError("invalid_value", "the form is damaged; send it again", "body") from None
     except OSError as error:
-        raise ApiError("disk_full", "the upload cannot be kept; try later") from error
+        raise unwritable(error) from error
     if not form.ended:
         raise ApiError("invalid_value", "the form is cut short; send all of it", "body")
 

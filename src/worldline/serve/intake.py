@@ -10,8 +10,9 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from starlette.requests import Request
 
 from worldline.errors import brief
 from worldline.serve import media
-from worldline.serve.errors import ApiError
+from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.forms import Body, FormText, Upload, parse_json, read_body
 from worldline.serve.jobs import Queue
-from worldline.serve.records import Facts, Job, MediaKind, new_id
+from worldline.serve.records import INPUT, Facts, Job, MediaKind, new_id
 from worldline.serve.schema import as_written, choose_model, flattened, read_fields
 from worldline.serve.settings import AppSettings
 from worldline.serve.store import Store
+from worldline.serve.urls import data_url, fetch_url
 
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}", re.ASCII)
 _MEGABYTE = 1_000_000
@@ -49,6 +51,8 @@ class Intake:
     queue: Queue
     store: Store
     settings: AppSettings
+    # others need threads, too, of which there are five and more; a slow host holds one for 20 s
+    fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
 
     async def read(self, request: Request) -> Body:
         """What a client posted; its files are the caller's to discard."""
@@ -97,56 +101,49 @@ class Intake:
         model = choose_model(values.get("model"), self.queue.worlds)
         _refuse_files(body, values)
         facts = self.facts(model)
-        wanted = read_fields(values, model, facts)
+        wanted = read_fields(values, facts)
         stated = {**(base or {}), **wanted.stated}
-        reference: Any = body.uploads.get("input_reference", wanted.reference)
-        source = await self.take(reference, owner)
-        try:
+        async with self._taken(body.uploads.get(INPUT, wanted.reference), owner) as source:
             digest = _digest(request.url.path, body, source)
             if earlier := self.store.find(owner, key, digest):
                 return earlier
             stated.setdefault("seed", secrets.randbelow(1 << 32))
             stated["seed"] = (stated["seed"] + number) % (1 << 32)
             with as_written(wanted, facts):
-                job = await self._checked(model, stated, source)
-            job = replace(
-                job,
-                owner=owner,
-                parent_id=parent,
-                idempotency_key=key,
-                body_sha256=digest if key else None,
-                metadata=wanted.metadata,
-            )
-            return await self.queue.submit(job, source.path if source else None)
-        finally:
-            self.discard(source)
+                return await self._submit(
+                    *(model, stated, source),
+                    owner=owner,
+                    parent_id=parent,
+                    idempotency_key=key,
+                    body_sha256=digest if key else None,
+                    metadata=wanted.metadata,
+                )
 
-    async def again(self, parent: Job, prompt: str, request: Request, digest: str) -> Job:
+    async def again(self, parent: Job, prompt: str, request: Request) -> Job:
         """A job with the input, the settings and the seed of another, and another prompt."""
         owner, key = owner_of(request), _idempotency_key(request)
+        digest = hashlib.sha256(json.dumps([parent.id, prompt]).encode()).hexdigest()
         if earlier := self.store.find(owner, key, digest):
             return earlier
-        fields = {n: v for n, v in parent.request.items() if v is not None}
-        if "prompt" not in self.facts(parent.model).fields:
-            message = f"prompt: {parent.model} takes none; it cannot be remixed"
+        model = choose_model(parent.model, self.queue.worlds)
+        if "prompt" not in self.facts(model).fields:
+            message = f"prompt: {model} takes none; it cannot be remixed"
             raise ApiError("unknown_parameter", message, "prompt")
+        fields = {n: v for n, v in parent.request.items() if v is not None}
         reference = {"input_of": parent.id} if parent.input_kind else None
-        source = await self.take(reference, owner)
-        try:
-            job = await self._checked(parent.model, {**fields, "prompt": prompt}, source)
-            job = replace(
-                job,
+        async with self._taken(reference, owner) as source:
+            return await self._submit(
+                *(model, {**fields, "prompt": prompt}, source),
                 owner=owner,
                 parent_id=parent.id,
                 idempotency_key=key,
                 body_sha256=digest if key else None,
             )
-            return await self.queue.submit(job, source.path if source else None)
-        finally:
-            self.discard(source)
 
-    async def _checked(self, model: str, stated: Mapping[str, Any], source: Source | None) -> Job:
-        """A job that the world can make, within the limits of this server."""
+    async def _submit(
+        self, model: str, stated: Mapping[str, Any], source: Source | None, **columns: Any
+    ) -> Job:
+        """A job that the world can make, within the limits of this server; it is on the disk."""
         path, kind = (source.path, source.kind) if source else (None, None)
         checked = await self.queue.check(model, stated, path, kind)
         shape, settings = checked.shape, self.settings
@@ -157,7 +154,7 @@ class Intake:
         if settings.max_pixels is not None and pixels > settings.max_pixels:
             message = f"{pixels:,} pixels; this server makes at most {settings.max_pixels:,}"
             raise ApiError("invalid_value", message, "size")
-        return Job(
+        job = Job(
             id=new_id(),
             model=model,
             request=checked.request,
@@ -167,19 +164,15 @@ class Intake:
             input_suffix=source.suffix if source else "",
             input_sha256=source.sha256 if source else None,
             created_at=time.time(),
+            **columns,
         )
+        return await self.queue.submit(job, path)
 
     # inputs
 
-    def discard(self, source: Source | None) -> None:
-        """Remove an input that no job has taken."""
-        if source is not None:
-            source.path.unlink(missing_ok=True)
-
-    async def take(
-        self, reference: Any, owner: str, param: str = "input_reference"
-    ) -> Source | None:
-        """The input that a client names, as a file that opens.
+    @asynccontextmanager
+    async def _taken(self, reference: Any, owner: str) -> AsyncIterator[Source | None]:
+        """The input that a client names, as a file of a known kind; removed unless a job has it.
 
         Raises:
             ApiError: unreadable_media, url_refused, video_not_found, not_ready, invalid_value.
@@ -188,87 +181,89 @@ class Intake:
             text = reference.strip()
             reference = parse_json(text) if text.startswith("{") else text
         if reference is None or reference == "":
-            return None
+            yield None
+            return
         if isinstance(reference, Upload):
             path, head, sha256 = reference.path, reference.head, reference.sha256
-        elif isinstance(reference, str):
-            path, head, sha256 = await self._from_url(reference, param)
-        elif isinstance(reference, dict) and len(reference) == 1:
-            [(name, value)] = reference.items()
-            if name in ("image_url", "video_url"):
-                if isinstance(value, dict):  # as chats write it
-                    value = value.get("url")
-                path, head, sha256 = await self._from_url(value, param)
-            elif name in ("id", "input_of"):
-                path, head, sha256 = await self._from_job(name, value, owner, param)
-            else:
-                message = f"{param} has {brief(name)}; give {_FORMS}"
-                raise ApiError("unknown_parameter", message, param)
         else:
-            message = f"{param} is {brief(reference)}; give {_FORMS}"
-            raise ApiError("invalid_value", message, param)
+            path = await self._copied(reference, owner)
+            head, sha256 = await asyncio.to_thread(_head_and_hash, path)
         try:
             kind, suffix = media.sniff(head)
-        except BaseException as error:
+            yield Source(path, kind, suffix, sha256)
+        finally:
             path.unlink(missing_ok=True)
-            raise _renamed(error, param) from None
-        return Source(path, kind, suffix, sha256)
 
-    async def _from_url(self, url: Any, param: str) -> tuple[Path, bytes, str]:
+    async def _copied(self, reference: Any, owner: str) -> Path:
+        """A file of its own with what a client refers to."""
+        if isinstance(reference, str):
+            return await self._from_url(reference)
+        if not isinstance(reference, dict) or len(reference) != 1:
+            message = f"{INPUT} is {brief(reference)}; give {_FORMS}"
+            raise ApiError("invalid_value", message, INPUT)
+        [(name, value)] = reference.items()
+        if name in ("image_url", "video_url"):
+            # an object, as chats write it
+            return await self._from_url(value.get("url") if isinstance(value, dict) else value)
+        if name in ("id", "input_of"):
+            return await self._from_job(name, value, owner)
+        message = f"{INPUT} has {brief(name)}; give {_FORMS}"
+        raise ApiError("unknown_parameter", message, INPUT)
+
+    async def _from_url(self, url: Any) -> Path:
         if not isinstance(url, str) or not re.match(r"(?i)(data:|https?://)", url):
-            message = f"{param} is {brief(url)}; give {_FORMS}"
-            raise ApiError("invalid_value", message, param)
-        if url[:5].lower() == "data:":
-            limit = int(self.settings.max_field_mb * _MEGABYTE)
-            try:
-                data = await asyncio.to_thread(media.data_url, str(url), limit)
-            except ApiError as error:
-                raise _renamed(error, param) from None
-            path = self.store.incoming()
-            await asyncio.to_thread(path.write_bytes, data)
-            return path, data[:4096], hashlib.sha256(data).hexdigest()
-        if not self.settings.allow_url_inputs:
-            message = f"{param}: this server fetches no URLs; send the file or a data URL"
-            raise ApiError("url_refused", message, param)
-        limit = int(self.settings.max_upload_mb * _MEGABYTE)
-        hosts = self.settings.allow_url_inputs
-        allowed = [] if "*" in hosts else hosts
-        path = self.store.incoming()
-        try:
-            await asyncio.to_thread(media.fetch_url, str(url), allowed, path, limit=limit)
-        except ApiError as error:
-            raise _renamed(error, param) from None
-        return path, *await asyncio.to_thread(_head_and_hash, path)
+            raise ApiError("invalid_value", f"{INPUT} is {brief(url)}; give {_FORMS}", INPUT)
+        path, settings, hosts = self.store.incoming(), self.settings, self.settings.allow_url_inputs
+        with _whole(path):
+            if url[:5].lower() == "data:":
+                limit = int(settings.max_field_mb * _MEGABYTE)
+                data = await asyncio.to_thread(data_url, str(url), limit)
+                await asyncio.to_thread(path.write_bytes, data)
+            elif hosts:
+                limit, allowed = (
+                    int(settings.max_upload_mb * _MEGABYTE),
+                    () if "*" in hosts else hosts,
+                )
+                async with self.fetching:
+                    await asyncio.to_thread(fetch_url, str(url), allowed, path, limit=limit)
+            else:
+                message = f"{INPUT}: this server fetches no URLs; send the file or a data URL"
+                raise ApiError("url_refused", message, INPUT)
+        return path
 
-    async def _from_job(
-        self, name: str, id: Any, owner: str, param: str
-    ) -> tuple[Path, bytes, str]:
+    async def _from_job(self, name: str, id: Any, owner: str) -> Path:
         """A finished video, or the input of a job, of the same owner."""
-        job = find_job(self.store, id, owner, f"{param}.{name}")
-        source: Path | None
-        if name == "input_of":
-            source = self.store.input_path(job)
-            if source is None:
-                message = f"{job.id} has no input; leave {param} out"
-                raise ApiError("invalid_value", message, param)
-        else:
+        job = find_job(self.store, id, owner, f"{INPUT}.{name}")
+        source = self.store.input_path(job)
+        if name == "id":
             if job.status != "completed":
-                raise ApiError("not_ready", f"{job.id} is {job.status}; wait for its end", param)
+                raise ApiError("not_ready", f"{job.id} is {job.status}; wait for its end", INPUT)
             source = self.store.folder(job.id) / "video.mp4"
+        if source is None:
+            raise ApiError("invalid_value", f"{job.id} has no input; leave {INPUT} out", INPUT)
         path = self.store.incoming()
-        try:
-            await asyncio.to_thread(_link, source, path)
-        except FileNotFoundError:
-            raise ApiError("video_not_found", f"there is no file of {job.id}", param) from None
-        return path, *await asyncio.to_thread(_head_and_hash, path)
+        with _whole(path):
+            try:
+                await asyncio.to_thread(_link, source, path)
+            except FileNotFoundError:
+                raise ApiError("video_not_found", f"there is no file of {job.id}", INPUT) from None
+        return path
 
 
-def _renamed(error: BaseException, param: str) -> BaseException:
-    """An error of media under the name of its field here."""
-    if isinstance(error, ApiError) and error.param == media.PARAM:
-        error.message = error.message.replace(media.PARAM, param)
-        error.param = param
-    return error
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Remove a file that is not written to its end.
+
+    Raises:
+        ApiError: disk_full, internal_error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(error) from error
+        raise
 
 
 def owner_of(request: Request) -> str:
@@ -298,8 +293,6 @@ def _link(source: Path, path: Path) -> None:
     """A second name of a file, which is replaced but never changed; or its copy."""
     try:
         os.link(source, path)
-    except FileNotFoundError:
-        raise
     except OSError:
         shutil.copyfile(source, path)
 
@@ -313,12 +306,12 @@ def _head_and_hash(path: Path) -> tuple[bytes, str]:
 
 def _refuse_files(body: Body, values: Mapping[str, Any]) -> None:
     for name in body.uploads:
-        if name != "input_reference":
-            message = f"{brief(name)} is a file; give it as input_reference"
+        if name != INPUT:
+            message = f"{brief(name)} is a file; give it as {INPUT}"
             raise ApiError("unknown_parameter", message, name[:80])
-    if "input_reference" in values and "input_reference" in body.uploads:
-        message = "input_reference is a file and a text; give one"
-        raise ApiError("conflicting_parameters", message, "input_reference")
+    if INPUT in values and INPUT in body.uploads:
+        message = f"{INPUT} is a file and a text; give one"
+        raise ApiError("conflicting_parameters", message, INPUT)
 
 
 def _idempotency_key(request: Request) -> str | None:
@@ -333,6 +326,6 @@ def _idempotency_key(request: Request) -> str | None:
 
 def _digest(path: str, body: Body, source: Source | None) -> str:
     """Hash of what was posted, whatever the boundary of its form."""
-    values = {n: v for n, v in body.values.items() if n != "input_reference" or source is None}
+    values = {n: v for n, v in body.values.items() if n != INPUT or source is None}
     content = [path, values, source.sha256 if source else None]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

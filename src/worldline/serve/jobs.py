@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from worldline.errors import Error
 from worldline.files import remove
@@ -27,13 +28,12 @@ from worldline.serve.progress import stages_of
 from worldline.serve.records import ENDED, Checked, Facts, Job, MediaKind, Worker, WorkerDied
 from worldline.serve.recovery import recover
 from worldline.serve.store import Store
-from worldline.serve.streams import Event, Subscription
+from worldline.serve.streams import Subscription
 
-__all__ = ["Event", "Queue", "Settings"]
+__all__ = ["Queue", "Settings"]
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 _LONGEST_RETRY = 120.0  # of Retry-After; above it the official client gives up
 
 
@@ -64,6 +64,8 @@ class Queue:
         self._dispatcher = Dispatcher(self._outcomes, worlds, make_worker, settings)
         self.pool = self._dispatcher.pool
         self._arriving: Counter[str] = Counter()  # by owner, while they are written
+        # a process opens each input, with up to 1 GB; the others wait
+        self._opening = asyncio.Semaphore(max(4, os.cpu_count() or 1))
         self._etas: dict[str, tuple[float, Mapping[str, float]]] = {}
         self._drained = asyncio.Event()
 
@@ -75,13 +77,14 @@ class Queue:
         """
         blocking = self._outcomes.blocking
         try:
-            jobs = await blocking(recover, self.store, self.worlds, self.settings.attempts)
+            limits = self.settings.attempts, self._outcomes.keep_seconds
+            jobs = await blocking(recover, self.store, self.worlds, *limits)
         except ApiError as error:
             raise Error(f"{self.store.path}: {error.message}") from error
         for job in jobs:
             self._outcomes.add(job)
         recent = "status = 'completed' ORDER BY id DESC LIMIT 200"
-        for job in reversed(await blocking(self.store.select, recent)):
+        for job in reversed(await blocking(self.store.rows.select, recent)):
             if seconds := job.result.get("inference_time_s"):
                 stages = job.result.get("stage_durations") or {}
                 self._outcomes.estimates.record(job, seconds, stages_of(stages))
@@ -108,11 +111,12 @@ class Queue:
         """
         self._refuse_if_stopping()
         self._refuse_unknown(model)
-        for slot in self.pool.alive(model):
-            with contextlib.suppress(WorkerDied, TimeoutError):
-                path = None if input is None else str(input)
-                check = slot.worker.check(stated, path, kind)
-                return await asyncio.wait_for(check, self.settings.check_seconds)
+        async with self._opening if input else contextlib.nullcontext():
+            for slot in self.pool.alive(model):
+                with contextlib.suppress(WorkerDied, TimeoutError):
+                    path = None if input is None else str(input)
+                    check = slot.worker.check(stated, path, kind)
+                    return await asyncio.wait_for(check, self.settings.check_seconds)
         raise self.unavailable(model)
 
     def unavailable(self, model: str) -> ApiError:
@@ -181,14 +185,6 @@ class Queue:
         end = ends.get(job.id)
         return None if end is None else max(0.0, end - (now - computed))
 
-    def queued_seconds(self, world: str) -> float | None:
-        """Seconds of one worker that all waiting jobs need; None where it cannot be known."""
-        waiting = self._outcomes.line(world).waiting
-        jobs = [self.store.get(entry.id, None) for entry in waiting]
-        seconds = [self._outcomes.estimates.seconds(job) for job in jobs]
-        known = [one for one in seconds if one is not None]
-        return sum(known) if len(known) == len(seconds) else None
-
     def poll_milliseconds(self, job: Job) -> int:
         """After which to ask again: a step of a job that runs, a tenth of a wait."""
         entry, seconds = self._outcomes.entries.get(job.id), 1.0
@@ -219,7 +215,7 @@ class Queue:
             )
         return job
 
-    def subscribe(self, owner: str | None, id: str | None) -> AsyncIterator[Event]:
+    def subscribe(self, owner: str | None, id: str | None) -> Subscription:
         """Events of one job, or of all of an owner, from the present state on.
 
         Raises:
@@ -237,6 +233,11 @@ class Queue:
             subscription.put("", self._outcomes.publisher.event("shutdown", {}))
             subscription.close()
         return subscription
+
+    @property
+    def num_listeners(self) -> int:
+        """Number of streams of events that are open."""
+        return self._outcomes.publisher.num_listeners
 
     def health(self) -> tuple[str, str]:
         """State in a word and a sentence: ready, or why it is not.
@@ -256,14 +257,6 @@ class Queue:
             if worlds := [world for world in self.worlds if states[world] == state]:
                 return state, f"{', '.join(worlds)}: {words}."
         return "ready", f"{', '.join(self.worlds)} can be asked for videos."
-
-    def add_worker(self, world: str) -> str:
-        """Start one more worker of a world; its name."""
-        return self.pool.add(world)
-
-    async def remove_worker(self, world: str) -> str | None:
-        """Stop a worker of a world that makes nothing; its name, None where all are busy."""
-        return await self.pool.remove(world)
 
     async def drain(self, seconds: float) -> None:
         """End: jobs that are not made within `seconds` are queued for the next start.

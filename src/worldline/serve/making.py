@@ -32,9 +32,9 @@ from worldline.errors import (
 )
 from worldline.guards import check_frames
 from worldline.parallel.job import share
-from worldline.serve.checks import INPUT, LOSSLESS, refusal, scrub
+from worldline.serve.checks import LOSSLESS, refusal, scrub
 from worldline.serve.errors import NEUTRAL, unkept
-from worldline.serve.records import Task
+from worldline.serve.records import INPUT, Task
 from worldline.step import Step, Video
 from worldline.video.read import Frames
 from worldline.video.write import encoding_of, write_frames, writing_all

@@ -137,7 +137,8 @@ class Outcomes:
         job = await self.write(entry.id, **columns, attempts=entry.charged + 1)
         if entry in line.starting:
             line.starting.remove(entry)
-        self.observe("started", {"world": job.model, "queue_seconds": time.time() - job.created_at})
+        seconds = max(0.0, time.time() - job.created_at)  # the clock may have been set
+        self.observe("started", {"world": job.model, "queue_seconds": seconds})
         data = {"id": job.id, "status": job.status, "queue_position": None}
         self.publisher.publish("status", job.owner, job.id, data)
         self.publish_positions(entry.world)
@@ -203,25 +204,17 @@ class Outcomes:
             await self.fail(entry, "internal_error", "The worker stopped without a reason.")
 
     async def died(self, batch: Batch) -> None:
-        """End jobs whose worker has died, or let them wait again."""
-        again: list[Entry] = []
-        ended: list[Entry] = []
-        for entry in batch.entries:
+        """End jobs whose worker has died, or let them wait again, the first one in front."""
+        for entry in reversed([*batch.entries]):  # each may have been cancelled meanwhile
             if entry.wish in ("cancel", "delete", "timeout"):
-                ended.append(entry)
+                await self.stopped(entry)
                 continue
             charge = not batch.innocent and entry.wish != "drain"
             entry.charged += charge
             if charge and batch.size > 1:  # which of them it was turns out when each is alone
                 entry.alone, entry.charged = True, min(entry.charged, self.attempts - 1)
-            (ended if entry.charged >= self.attempts else again).append(entry)
-        for entry in reversed(again):
-            self._to_line(entry, ())
-        for entry in again:
-            await self._write_queued(entry)
-        for entry in ended:
-            if entry.wish:
-                await self.stopped(entry)
+            if entry.charged < self.attempts:
+                await self.requeue(entry)
             else:
                 message = f"The worker of the video ended {self.attempts} times while it made it."
                 await self.fail(entry, "worker_died", message)
@@ -251,8 +244,11 @@ class Outcomes:
         """Remove a job that is stopped, with its files."""
         self._leave(entry)
         job = self.store.get(entry.id, None)
-        with contextlib.suppress(ApiError):
+        try:
             await self.blocking(self.store.delete, entry.id)
+        except ApiError:  # the disk takes nothing now; it must not be made all the same
+            with contextlib.suppress(ApiError):
+                self.store.note(entry.id, status="cancelled", completed_at=time.time())
         self.entries.pop(entry.id, None)
         self.publish_removal(job)
         entry.ended.set()
@@ -266,15 +262,10 @@ class Outcomes:
 
     async def requeue(self, entry: Entry, after: Collection[str] = ()) -> None:
         """Let a job wait again, before all but those named; nothing is charged."""
-        self._to_line(entry, after)
-        await self._write_queued(entry)
-
-    def _to_line(self, entry: Entry, after: Collection[str]) -> None:
         self._leave(entry)
         entry.begun, entry.progress, entry.wish, entry.place = False, None, None, None
         self.line(entry.world).put_back(entry, after)
-
-    async def _write_queued(self, entry: Entry) -> None:
+        # nothing may be awaited before: whoever cancels it now must write after this
         columns = {"status": "queued", "started_at": None, "attempts": entry.charged}
         job = await self.write(entry.id, **columns)
         self.publisher.forget(entry.id)
@@ -299,9 +290,9 @@ class Outcomes:
 
     def _report(self, entry: Entry, job: Job) -> None:
         """Log the end of a job, learn from it, and let observers know."""
-        now, began = job.completed_at or 0.0, job.started_at
-        queued = (began or now) - job.created_at
-        seconds = now - began if began else 0.0
+        left = job.started_at or job.completed_at or 0.0
+        queued = max(0.0, left - job.created_at)  # the clock may have been set
+        seconds = asyncio.get_running_loop().time() - entry.began_at if entry.begun else 0.0
         if job.status == "completed" and entry.progress:
             self.estimates.record(job, seconds, entry.progress.seconds)
             for stage, spent in entry.progress.seconds.items():

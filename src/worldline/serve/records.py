@@ -12,15 +12,18 @@ Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 ENDED: frozenset[Status] = frozenset({"completed", "failed", "cancelled"})
 ENDS = ("done", "failed", "cancelled")  # events after which a task has ended
 MediaKind = Literal["image", "video"]
+INPUT = "input_reference"  # what a client calls the input
 
 
 def new_id() -> str:
-    """`video_` and a UUID of version 7 in hex: ids of one server sort by time."""
-    milliseconds = time.time_ns() // 1_000_000
-    value = milliseconds << 80 | secrets.randbits(80)
-    value = value & ~(0xF << 76) | 0x7 << 76  # the version
-    value = value & ~(0x3 << 62) | 0x2 << 62  # the variant
-    return f"video_{value:032x}"
+    """`video_` and a UUID of version 7 in hex: ids of one server sort by time.
+
+    Of RFC 9562, section 6.2, method 3: 12 bits hold the fraction of the millisecond.
+    """
+    milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
+    version, variant, fraction = 0x7, 0x2, (nanoseconds << 12) // 1_000_000
+    value = milliseconds << 80 | version << 76 | fraction << 64 | variant << 62
+    return f"video_{value | secrets.randbits(62):032x}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -16,20 +15,25 @@ from starlette.responses import Response, StreamingResponse
 
 from worldline.errors import brief
 from worldline.serve.answers import Json, to_json
-from worldline.serve.content import (
-    file_response,
-    refuse_unless_completed,
-    spritesheet,
-)
+from worldline.serve.content import file_response, refuse_unless_completed, spritesheet
 from worldline.serve.errors import ApiError
 from worldline.serve.intake import Intake, find_job, owner_of
-from worldline.serve.jobs import Event, Queue
+from worldline.serve.jobs import Queue
+from worldline.serve.objects import model_object, video_object
 from worldline.serve.records import Job
-from worldline.serve.schema import choose_model, flattened, model_object, video_object
+from worldline.serve.schema import check_prompt, choose_model, flattened
 from worldline.serve.settings import EVENT_COMMENT_S, RETRY_MS, AppSettings
 from worldline.serve.store import Store
+from worldline.serve.streams import Event, Subscription
 
 _LISTED = 100
+_FILES = {  # by variant of the content
+    "video": "video.mp4",
+    "lossless": "lossless.mkv",
+    "thumbnail": "thumbnail.jpg",
+    "spritesheet": "spritesheet.jpg",
+    "report": "report.json",
+}
 
 
 @dataclass
@@ -42,7 +46,6 @@ class Videos:
     intake: Intake
     comment_s: float = EVENT_COMMENT_S
     started: float = field(default_factory=time.time)
-    streams: int = 0
 
     def render(self, job: Job) -> dict[str, Any]:
         return video_object(job, self.queue.position(job), self.queue.eta(job))
@@ -61,11 +64,8 @@ class Videos:
 
     async def page(self, request: Request) -> Response:
         query = request.query_params
-        limit, order, after = (
-            query.get("limit", "20"),
-            query.get("order", "desc"),
-            query.get("after"),
-        )
+        limit, order = query.get("limit", "20"), query.get("order", "desc")
+        after = query.get("after")
         if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= _LISTED):
             message = f"limit is {brief(limit)}; give 1 to {_LISTED}"
             raise ApiError("invalid_value", message, "limit")
@@ -99,11 +99,10 @@ class Videos:
         return Json({"id": job.id, "object": "video.deleted", "deleted": True})
 
     async def content(self, request: Request) -> Response:
-        job, folder = self._job(request), None
+        job = self._job(request)
         variant = request.query_params.get("variant", "video")
-        variants = ("video", "lossless", "thumbnail", "spritesheet", "report", "input")
-        if variant not in variants:
-            message = f"variant is {brief(variant)}; give one of {', '.join(variants)}"
+        if variant not in (*_FILES, "input"):
+            message = f"variant is {brief(variant)}; give one of {', '.join(_FILES)} and input"
             raise ApiError("invalid_value", message, "variant")
         if variant == "input":
             path = self.store.input_path(job)
@@ -120,16 +119,9 @@ class Videos:
         if variant == "spritesheet":
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(spritesheet, folder)
-        name = {
-            "video": "video.mp4",
-            "lossless": "lossless.mkv",
-            "thumbnail": "thumbnail.jpg",
-            "spritesheet": "spritesheet.jpg",
-            "report": "report.json",
-        }[variant]
-        suffix = name.partition(".")[2]
+        path = folder / _FILES[variant]
         label = job.id if variant in ("video", "report") else f"{job.id}-{variant}"
-        return file_response(request, folder / name, f"{label}.{suffix}")
+        return file_response(request, path, f"{label}{path.suffix}")
 
     async def remix(self, request: Request) -> Response:
         parent = self._job(request)
@@ -140,19 +132,10 @@ class Videos:
                 if name != "prompt":
                     message = f"{brief(name)}: a remix takes a prompt alone"
                     raise ApiError("unknown_parameter", message, name[:80])
-            prompt = values.get("prompt")
-            if prompt is None:
-                raise ApiError(
-                    "missing_parameter", "prompt is missing; describe the video", "prompt"
-                )
-            if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > 8000:
-                message = f"prompt is {brief(prompt)}; give 1 to 8,000 characters"
-                raise ApiError("invalid_value", message, "prompt")
+            prompt = check_prompt(values.get("prompt"))
         finally:
             body.discard()
-        digest = hashlib.sha256(json.dumps([parent.id, str(prompt)]).encode()).hexdigest()
-        job = await self.intake.again(parent, str(prompt), request, digest)
-        return self._answer(job, located=True)
+        return self._answer(await self.intake.again(parent, prompt, request), located=True)
 
     async def extend(self, request: Request) -> Response:
         """A video that continues the last frames of another."""
@@ -160,21 +143,16 @@ class Videos:
         try:
             base: dict[str, Any] = {}
             values, parent = body.values, None
-            if "video" in body.uploads:
-                if "video" in values:
-                    message = "video is a file and a text; give one"
-                    raise ApiError("conflicting_parameters", message, "video")
-                body.uploads["input_reference"] = body.uploads.pop("video")
-            elif (video := values.pop("video", None)) is None:
+            video = values.get("video")
+            if video is None and "video" not in body.uploads:
                 raise ApiError("missing_parameter", "video is missing; give a file or id", "video")
-            else:
-                values["input_reference"] = video
-                if isinstance(video, dict) and "id" in video:
-                    job = find_job(self.store, video["id"], owner_of(request), "video.id")
-                    parent = job.id
-                    values.setdefault("model", job.model)
-                    if values["model"] == job.model:
-                        base = _continued(job, values)
+            body.rename("video", "input_reference")
+            if isinstance(video, dict) and "id" in video:
+                job = find_job(self.store, video["id"], owner_of(request), "video.id")
+                parent = job.id
+                values.setdefault("model", job.model)
+                if values["model"] == job.model:
+                    base = _continued(job, values)
             choose_model(values.get("model"), self.queue.worlds)
             job = await self.intake.make(request, body, parent=parent, base=base)
         finally:
@@ -229,9 +207,9 @@ class Videos:
             "X-Video-Id": job.id,
             "X-Model": job.model.encode("ascii", "backslashreplace").decode(),
             "X-Seed": str(job.seed),
-            "X-Inference-Time-S": str(result.get("inference_time_s")),
+            "X-Inference-Time-S": json.dumps(result.get("inference_time_s")),
             "X-Stage-Durations": json.dumps(stages),
-            "X-Peak-Memory-MB": str(result.get("peak_memory_mb")),
+            "X-Peak-Memory-MB": json.dumps(result.get("peak_memory_mb")),
             "Server-Timing": ", ".join(f"{n};dur={1000 * s:.1f}" for n, s in stages.items()),
         }
         path = self.store.folder(job.id) / "video.mp4"
@@ -244,8 +222,8 @@ class Videos:
         if request.method == "HEAD":
             raise ApiError("method_not_allowed", "HEAD: a stream has no end; use GET")
         id = self._job(request).id if "id" in request.path_params else None
-        if self.streams >= self.settings.streams:
-            message = f"{self.streams} event streams are open; close one, or poll"
+        if (count := self.queue.num_listeners) >= self.settings.streams:
+            message = f"{count} event streams are open; close one, or poll"
             raise ApiError("too_many_streams", message, retry_after=10)
         # Last-Event-ID needs no look: the stream begins with the present state
         subscription = self.queue.subscribe(owner_of(request), id)
@@ -253,8 +231,7 @@ class Videos:
         lines = self._lines(subscription)
         return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
 
-    async def _lines(self, subscription: AsyncIterator[Event]) -> AsyncIterator[str]:
-        self.streams += 1
+    async def _lines(self, subscription: Subscription) -> AsyncIterator[str]:
         following: asyncio.Future[Event] | None = None
         try:
             yield f"retry: {RETRY_MS}\n\n"
@@ -272,11 +249,9 @@ class Videos:
                 data = self.render(event.data) if isinstance(event.data, Job) else event.data
                 yield f"event: {event.name}\nid: {event.id}\ndata: {to_json(data)}\n\n"
         finally:
-            self.streams -= 1
             if following:
                 following.cancel()
-            if close := getattr(subscription, "aclose", None):
-                await close()
+            subscription.close()
 
     # worlds
 

@@ -131,7 +131,7 @@ class Autoscaler:
         """Begin to look; in the queue's event loop, once it has started."""
         for world, demand in self._demands.items():
             recent = f"model = ? AND status = 'completed' ORDER BY id DESC LIMIT {_RECENT}"
-            for job in reversed(self.queue.store.select(recent, world)):
+            for job in reversed(self.queue.store.rows.select(recent, world)):
                 if seconds := job.result.get("inference_time_s"):
                     demand.seconds.append(seconds)
         self._task = asyncio.get_running_loop().create_task(self._follow())
@@ -179,7 +179,7 @@ class Autoscaler:
                 *(world, queued, seconds, count, wanted),
             )
             for _ in range(wanted - count):
-                self.queue.add_worker(world)
+                self.queue.pool.add(world)
             demand.full_since = now
         elif all(not slot.is_idle or slot.worker.state == "loading" for slot in slots):
             demand.full_since = now
@@ -187,7 +187,7 @@ class Autoscaler:
             wanted < count
             and now - demand.full_since >= self.options.idle_s
             and now - self._removed[world] >= self._down_s
-            and (name := await self.queue.remove_worker(world)) is not None
+            and (name := await self.queue.pool.remove(world)) is not None
         ):
             logger.info("%s: it was idle and is stopped; %d are left", name, count - 1)
             self._removed[world] = time.monotonic()

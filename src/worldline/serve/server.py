@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Generator
@@ -16,11 +17,51 @@ from worldline.serve.answers import error_response
 from worldline.serve.errors import ApiError
 from worldline.serve.settings import MAX_HEADER
 
-_KEEP_ALIVE_S = 75
+KEEP_ALIVE_S = 75  # in which the headers of a request must arrive
+STALL_S = 300  # for which a client may take nothing of an answer, as a paused player does
 
 
 class Protocol(H11Protocol):
-    """HTTP whose broken requests get the one form of errors."""
+    """HTTP whose broken requests get the one form of errors, and whose silent clients are left.
+
+    Uvicorn waits for ever for the headers of a request of which one byte has come, or of a first
+    one, and for clients that take nothing of an answer; they would take all file descriptors.
+    """
+
+    waiting: asyncio.TimerHandle | None = None
+    stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in filter(None, (self.waiting, self.stalled)):
+            timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stalled = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stalled:
+            self.stalled.cancel()
+
+    def on_response_complete(self) -> None:
+        self._expect_request()
+        super().on_response_complete()
+
+    def _expect_request(self) -> None:
+        """Close the connection unless the headers of its next request arrive in time."""
+        if self.waiting:
+            self.waiting.cancel()
+        self.waiting = self.loop.call_later(self.timeout_keep_alive, self._leave, self.cycle)
+
+    def _leave(self, last: object) -> None:
+        if self.cycle is last:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -57,7 +98,7 @@ def make_server(app: Any, grace_s: int) -> Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
         h11_max_incomplete_event_size=MAX_HEADER,
     )

@@ -12,6 +12,7 @@ from worldline.request import Options
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_PROMPT = 8000  # characters
 MAX_FIELDS, MAX_FILES, MAX_DEPTH = 64, 2, 32
+MAX_COMMAS = 100_000  # of a JSON text
 MAX_HEADER = 16 << 10  # bytes of all headers of a request
 EVENT_COMMENT_S, RETRY_MS = 15.0, 2000
 STREAMS = 64

@@ -1,4 +1,4 @@
-"""Store of jobs: rows in SQLite, and their input and result files beside it.
+"""Store of jobs: their rows, and their input and result files beside them.
 
     DATA_DIR/  lock  jobs.sqlite3  incoming/  inputs/ab/ID.mp4  videos/ab/ID/
 
@@ -10,50 +10,28 @@ An answer or an event follows what it is about onto the disk: file (fsync, renam
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
 import json
 import logging
 import os
-import sqlite3
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from worldline.errors import InputError, strerror
 from worldline.files import digest, remove
-from worldline.serve.errors import ApiError
+from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.folder import check_local, locked, synchronise
 from worldline.serve.records import ENDED, Job, Task
+from worldline.serve.rows import COLUMNS, Rows, damage_named
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the table
 RESULTS = ("video.mp4", "thumbnail.jpg", "report.json")
 KEY_SECONDS = 24 * 3600.0  # for which an idempotency key names its job
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_JSON = ("request", "shape", "result", "metadata")
-_COLUMNS = tuple(field.name for field in fields(Job))
-_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM jobs"
-_INSERT = f"INSERT INTO jobs ({', '.join(_COLUMNS)}, seed) VALUES ({'?, ' * len(_COLUMNS)}?)"
-_TABLE = """
-CREATE TABLE jobs (
-    id TEXT PRIMARY KEY, model TEXT NOT NULL, request TEXT NOT NULL, shape TEXT NOT NULL,
-    seed INTEGER, owner TEXT NOT NULL, status TEXT NOT NULL, batch_key TEXT,
-    input_kind TEXT, input_suffix TEXT NOT NULL, input_sha256 TEXT,
-    created_at REAL NOT NULL, started_at REAL, completed_at REAL, expires_at REAL,
-    progress INTEGER NOT NULL, step_kind TEXT NOT NULL, step_done INTEGER NOT NULL,
-    step_total INTEGER NOT NULL, attempts INTEGER NOT NULL,
-    error_code TEXT, error_message TEXT, error_param TEXT, result TEXT NOT NULL,
-    parent_id TEXT, idempotency_key TEXT, body_sha256 TEXT, metadata TEXT
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX by_key ON jobs (owner, idempotency_key);
-CREATE INDEX by_status ON jobs (status, id);
-CREATE INDEX by_owner ON jobs (owner, id);
-"""
 
 
 class Store:
@@ -64,6 +42,7 @@ class Store:
 
     Attributes:
         path: of the folder.
+        rows: of all jobs, as they are on the disk.
         used_bytes: size of all input and result files when `sweep` last looked.
     """
 
@@ -84,36 +63,28 @@ class Store:
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path}: it cannot be written: {strerror(error)}") from error
-        self._writing, self._reading = threading.RLock(), threading.RLock()
         self._memory = threading.Lock()  # of the copies; never held while the disk is waited for
-        self._names = 0
+        self._numbers = itertools.count(1)
         self._live: dict[str, Job] = {}
         self._dirty: set[str] = set()
         self.used_bytes = 0
         try:
-            self._writer = self._opened()
-            self._reader = self._connect()
-            self._live = {job.id: job for job in self.select("status IN ('queued', 'in_progress')")}
-            rows = self._reader.execute("SELECT model, status, count(*) FROM jobs GROUP BY 1, 2")
-            self._counts = Counter({(model, status): count for model, status, count in rows})
-        except sqlite3.Error as error:
-            os.close(self._lock)
-            database = self.path / "jobs.sqlite3"
-            raise InputError(
-                f"{database}: it cannot be read as a database: {error}; "
-                "restore it, or give another folder"
-            ) from error
+            self.rows = Rows(self.path / "jobs.sqlite3")
+            synchronise(self.path)
+            with damage_named(self.rows.path):
+                live = self.rows.select("status IN ('queued', 'in_progress')")
+            self._live = {job.id: job for job in live}
+            self._counts = self.rows.counts()
         except BaseException:
             os.close(self._lock)
             raise
 
     def close(self) -> None:
         """Write what is not yet written, and let another server have the folder."""
-        with self._writing, self._reading:
+        with self.rows.writing:
             with contextlib.suppress(ApiError):
                 self.flush()
-            self._reader.close()
-            self._writer.close()
+            self.rows.close()
             os.close(self._lock)
 
     # what is there
@@ -124,7 +95,7 @@ class Store:
         Raises:
             ApiError: video_not_found; another owner's too.
         """
-        job = self._live.get(id) or next(iter(self.select("id = ?", id)), None)
+        job = self._live.get(id) or next(iter(self.rows.select("id = ?", id)), None)
         if job is None or owner not in (None, job.owner):
             raise ApiError("video_not_found", f"There is no video with the id {id!r:.60}.", "id")
         return job
@@ -139,7 +110,7 @@ class Store:
             return None
         since = time.time() - KEY_SECONDS
         where = "owner = ? AND idempotency_key = ? AND created_at > ?"
-        for job in self.select(where, owner, key, since):
+        for job in self.rows.select(where, owner, key, since):
             if job.body_sha256 != body_sha256:
                 message = f"The key {key!r:.60} was used with another body; give a new key."
                 raise ApiError("idempotency_conflict", message, "Idempotency-Key")
@@ -157,7 +128,7 @@ class Store:
             conditions.append("id < ?" if descending else "id > ?")
             values.append(after)
         order = f"ORDER BY id {'DESC' if descending else 'ASC'} LIMIT {limit + 1:d}"
-        jobs = self.select(f"{' AND '.join(conditions)} {order}", *values)
+        jobs = self.rows.select(f"{' AND '.join(conditions)} {order}", *values)
         return [self._live.get(job.id, job) for job in jobs[:limit]], len(jobs) > limit
 
     def live(self) -> list[Job]:
@@ -167,27 +138,17 @@ class Store:
 
     def ids(self, status: str) -> list[str]:
         """Ids of all jobs of a status."""
-        with self._reading:
-            rows = self._reader.execute("SELECT id FROM jobs WHERE status = ?", (status,))
-            return [id for (id,) in rows]
+        return self.rows.ids("status = ?", status)
 
     def expired(self, keep_seconds: float) -> list[str]:
         """Ids of jobs that ended longer ago than this."""
-        with self._reading:
-            where = "status IN ('completed', 'failed', 'cancelled') AND completed_at < ?"
-            query = f"SELECT id FROM jobs WHERE {where}"
-            rows = self._reader.execute(query, (time.time() - keep_seconds,))
-            return [id for (id,) in rows]
+        where = "status IN ('completed', 'failed', 'cancelled') AND completed_at < ?"
+        return self.rows.ids(where, time.time() - keep_seconds)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Number of jobs by model and status."""
-        return dict(+self._counts)
-
-    def select(self, where: str, *values: Any) -> list[Job]:
-        """Jobs as they are on the disk, by a condition of SQL."""
-        with self._reading:
-            rows = self._reader.execute(f"{_SELECT} WHERE {where}", values).fetchall()
-        return [*map(_job, rows)]
+        with self._memory:
+            return dict(+self._counts)
 
     @property
     def free_bytes(self) -> int:
@@ -197,10 +158,8 @@ class Store:
     # files
 
     def incoming(self) -> Path:
-        """A fresh name for an upload."""
-        with self._writing:
-            self._names += 1
-            return self.path / "incoming" / f"{os.getpid()}-{self._names}"
+        """A fresh name for an upload; never waits."""
+        return self.path / "incoming" / f"{os.getpid()}-{next(self._numbers)}"
 
     def input_path(self, job: Job) -> Path | None:
         if job.input_kind is None:
@@ -222,7 +181,7 @@ class Store:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise _disk_full(error) from error
+            raise unwritable(error) from error
         path = self.input_path(job)
         return Task(id, job.request, str(path) if path else None, job.input_kind, str(folder))
 
@@ -239,7 +198,7 @@ class Store:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise _disk_full(error) from error
+            raise unwritable(error) from error
         return True
 
     def report(self, job: Job) -> Mapping[str, Any] | None:
@@ -276,20 +235,15 @@ class Store:
         try:
             if input:
                 synchronise(input)
-            with self._writing:
+            with self.rows.writing:
                 if earlier := self.find(job.owner, job.idempotency_key, job.body_sha256):
                     return earlier
                 if input and target:
                     _make_folder(target.parent)
                     os.replace(input, target)
                     synchronise(target.parent)
-                with self._transaction() as database:
-                    database.execute(  # a key of yesterday is free
-                        "UPDATE jobs SET idempotency_key = NULL"
-                        " WHERE owner = ? AND idempotency_key = ?",
-                        (job.owner, job.idempotency_key),
-                    )
-                    database.execute(_INSERT, (*_values(job, _COLUMNS), job.request.get("seed")))
+                with self.rows.transaction():
+                    self.rows.insert(job)
                 with self._memory:
                     self._live[job.id] = job
                     self._counts[job.model, job.status] += 1
@@ -298,7 +252,7 @@ class Store:
             if target:
                 remove(target)
             if isinstance(error, OSError):
-                raise _disk_full(error) from error
+                raise unwritable(error) from error
             raise
         finally:
             if input:
@@ -310,12 +264,12 @@ class Store:
         Raises:
             ApiError: video_not_found, disk_full.
         """
-        with self._writing:
+        with self.rows.writing:
             before = self.get(id, None)
             # what was noted is written with it
-            changed = _COLUMNS if id in self._dirty else tuple(columns)
-            with self._transaction() as database:
-                self._write(database, replace(before, **columns), changed)
+            changed = COLUMNS if id in self._dirty else tuple(columns)
+            with self.rows.transaction():
+                self.rows.update(replace(before, **columns), changed)
             return self._change(before, columns, noted=False)
 
     def note(self, id: str, **columns: Any) -> Job:
@@ -326,14 +280,14 @@ class Store:
 
     def flush(self) -> None:
         """Write all that was noted, in one transaction."""
-        with self._writing:
+        with self.rows.writing:
             with self._memory:
                 jobs = [self._live[id] for id in self._dirty if id in self._live]
                 self._dirty.clear()
             try:
-                with self._transaction() as database:
+                with self.rows.transaction():
                     for job in jobs:
-                        self._write(database, job, _COLUMNS)
+                        self.rows.update(job, COLUMNS)
             except BaseException:
                 with self._memory:
                     self._dirty.update(job.id for job in jobs)
@@ -345,10 +299,10 @@ class Store:
 
     def delete(self, id: str) -> None:
         """Remove a job: its row, then its files."""
-        with self._writing:
+        with self.rows.writing:
             job = self.get(id, None)
-            with self._transaction() as database:
-                database.execute("DELETE FROM jobs WHERE id = ?", (id,))
+            with self.rows.transaction():
+                self.rows.delete(id)
             with self._memory:
                 job = self._live.pop(id, job)
                 self._dirty.discard(id)
@@ -374,7 +328,7 @@ class Store:
 
     def _is_used(self, path: Path) -> bool:
         """Whether a row names a file or folder; results are of jobs that may yet have them."""
-        jobs = self.select("id = ?", path.name.partition(".")[0])
+        jobs = self.rows.select("id = ?", path.name.partition(".")[0])
         if not jobs or path == self.input_path(jobs[0]):
             return bool(jobs)
         return path == self.folder(jobs[0].id) and jobs[0].status not in ("failed", "cancelled")
@@ -393,93 +347,6 @@ class Store:
                 self._live[job.id] = job
                 self._dirty.update([job.id] if noted else [])
             return job
-
-    # the database
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path / "jobs.sqlite3", isolation_level=None, check_same_thread=False
-        )
-        connection.execute("PRAGMA busy_timeout = 5000")
-        connection.execute("PRAGMA synchronous = FULL")
-        return connection
-
-    def _opened(self) -> sqlite3.Connection:
-        path = self.path / "jobs.sqlite3"
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # its log gets the same mode
-        database = self._connect()
-        try:
-            self._prepare(database)
-        except BaseException:
-            database.close()
-            raise
-        synchronise(self.path)
-        return database
-
-    def _prepare(self, database: sqlite3.Connection) -> None:
-        (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise InputError(
-                f"{self.path}: its file system cannot hold a database with a write-ahead log; "
-                "give a folder of a local disk"
-            )
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            script = f"BEGIN IMMEDIATE; {_TABLE} PRAGMA user_version = {VERSION}; COMMIT;"
-            database.executescript(script)
-        elif version != VERSION:
-            raise InputError(
-                f"{self.path}: its jobs are of version {version}, and this release reads "
-                f"{VERSION}; install the release that wrote them, or give another folder"
-            )
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._writing:
-            try:
-                self._writer.execute("BEGIN IMMEDIATE")
-                yield self._writer
-                self._commit()
-            except BaseException as error:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError):
-                    raise _disk_full(error) from error
-                raise
-
-    def _commit(self) -> None:
-        self._writer.execute("COMMIT")
-
-    def _write(self, database: sqlite3.Connection, job: Job, columns: Sequence[str]) -> None:
-        names = ", ".join(f"{column} = ?" for column in columns)
-        values = (*_values(job, columns), job.id)
-        database.execute(f"UPDATE jobs SET {names} WHERE id = ?", values)
-
-
-def _values(job: Job, columns: Sequence[str]) -> list[Any]:
-    values = [(column, getattr(job, column)) for column in columns]
-    return [
-        json.dumps(value, allow_nan=False) if column in _JSON and value is not None else value
-        for column, value in values
-    ]
-
-
-def _job(row: Sequence[Any]) -> Job:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    for column in _JSON:
-        if values[column] is not None:
-            values[column] = json.loads(values[column])
-    return Job(**values)
-
-
-def _disk_full(error: OSError | sqlite3.Error) -> ApiError:
-    """What a failed write is for a client; the log has the reason."""
-    logger.error("store: a write failed: %s", strerror(error))
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    full = getattr(error, "errno", None) in _FULL or code == sqlite3.SQLITE_FULL
-    if full:
-        return ApiError("disk_full", "The server's disk is full; try later.", retry_after=60)
-    return ApiError("internal_error", "The server cannot write to its disk.")
 
 
 def _make_folder(folder: Path) -> None:

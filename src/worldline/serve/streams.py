@@ -42,10 +42,10 @@ class Subscription(AsyncIterator[Event]):
         self.owner, self.id = owner, id
         self._pending: OrderedDict[tuple[str, str], Event] = OrderedDict()
         self._change = asyncio.Event()
-        self._closed = False
+        self.is_closed = False
 
     def wants(self, owner: str, id: str) -> bool:
-        return self.owner in (None, owner) and self.id in (None, id) and not self._closed
+        return self.owner in (None, owner) and self.id in (None, id) and not self.is_closed
 
     def put(self, id: str, event: Event) -> None:
         ends = event.name in ENDED
@@ -58,21 +58,17 @@ class Subscription(AsyncIterator[Event]):
         while len(self._pending) > _LARGEST:
             self._pending.popitem(last=False)
         if ends and self.id is not None:
-            self._closed = True
+            self.is_closed = True
         self._change.set()
 
     def close(self) -> None:
         """End the stream after what is pending."""
-        self._closed = True
+        self.is_closed = True
         self._change.set()
-
-    async def aclose(self) -> None:
-        self._pending.clear()
-        self.close()
 
     async def __anext__(self) -> Event:
         while not self._pending:
-            if self._closed:
+            if self.is_closed:
                 raise StopAsyncIteration
             self._change.clear()
             await self._change.wait()
@@ -93,6 +89,11 @@ class Publisher:
     @property
     def is_heard(self) -> bool:
         return bool(self._subscriptions)
+
+    @property
+    def num_listeners(self) -> int:
+        """Number of streams that are open."""
+        return sum(not each.is_closed for each in self._subscriptions)
 
     def add(self, subscription: Subscription) -> None:
         self._subscriptions.add(subscription)
