@@ -148,8 +148,7 @@ def advice(name: str) -> str:
             return f"; this version does not run {entry.name}: see `worldline models`"
         if "_post-trained" in name:
             return f"; it is what post-training makes of {entry.name}"
-        runs = f", and `worldline {entry.command}` runs it" if entry.command else ""
-        return f"; `worldline checkpoints download {name}` fetches it{runs}"
+        return f"; `worldline checkpoints download {name}` fetches it"
     return did_you_mean(name, [folder for entry in ENTRIES for folder in entry.folders], 0.8)
 
 

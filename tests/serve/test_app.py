@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -446,8 +447,8 @@ def test_content_of_videos_that_are_not_completed(tmp_path: Path) -> None:
 def test_limits_of_the_server(tmp_path: Path) -> None:
     with serving(tmp_path / "data", stated={"max_frames": 9, "max_pixels": 96 * 64}) as server:
         for fields, param in (
-            ({"num_frames": 13}, "num_video_frames"),
-            ({"size": "96x80"}, "size"),
+            ({"num_frames": 13}, "num_frames"),
+            ({"num_video_frames": 13}, "num_video_frames"),
         ):
             answer = server.ask("POST", "/v1/videos", {"prompt": "a ball", **fields})
             assert (answer.status, answer.code) == (400, "invalid_value")
@@ -870,3 +871,34 @@ def test_an_upload_that_breaks_leaves_nothing(server: Running) -> None:
             break
         time.sleep(0.02)
     assert server.incoming() == []
+
+
+def test_files_of_the_page_need_no_origin_of_their_own(server: Running) -> None:
+    """Behind a proxy that changes Host, a browser still names the page's origin of its modules."""
+    evil = {"Origin": "http://evil.example"}
+    for path in ("/", "/page/page.js", "/page/page.css"):
+        assert server.ask("GET", path, headers=evil).status == 200
+        assert server.ask("GET", path, headers={**evil, "Host": "evil"}).code == "host_refused"
+        assert server.ask("POST", path, headers=evil).code == "origin_refused"
+    assert server.ask("GET", "/v1/models", headers=evil).code == "origin_refused"
+
+
+def test_methods_that_a_route_has_are_named(server: Running) -> None:
+    for path, methods in (
+        ("/v1/videos", {"GET", "POST"}),
+        ("/v1/videos/sync", {"POST"}),
+        ("/v1/videos/x", {"GET", "DELETE"}),
+    ):
+        message = server.ask("PUT", path).json()["error"]["message"]
+        assert {*re.findall("GET|POST|DELETE|HEAD", message)} == methods
+
+
+def test_a_variant_that_was_not_made_and_an_unknown_id(server: Running) -> None:
+    id = create(server)["id"]
+    server.wait(id)
+    answer = server.ask("GET", f"/v1/videos/{id}/content?variant=lossless")
+    assert (answer.status, answer.json()["error"]["param"]) == (404, "variant")
+    assert "lossless=true" in answer.json()["error"]["message"]
+    unknown = f"video_{0:032x}", "video_x"
+    messages = [server.ask("GET", f"/v1/videos/{i}").json()["error"]["message"] for i in unknown]
+    assert messages[0].replace(unknown[0], unknown[1]) == messages[1]

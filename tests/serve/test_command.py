@@ -177,6 +177,7 @@ def test_start_and_sigterm(tmp_path: Path) -> None:
     words = ("tiny-Cosmos-Predict2.5-2B", "--device", "cpu", "--drain_s", "0")
     server = Served(tmp_path, *words)
     server.until_ready()
+    server.until(lambda: f"ready: {words[0]}\n" in (tmp_path / "server.out").read_text())
     second = run("serve", words[0], "--port", "0", "--data_dir", str(tmp_path / "data"))
     assert (second.returncode, str(server.process.pid) in second.stderr) == (2, True), second.stderr
     job = server.ask("/v1/videos", {"prompt": "a ball", "num_steps": 15})

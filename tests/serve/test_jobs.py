@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -681,7 +682,11 @@ def test_drain_lets_a_job_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a", "deaf a"])
-def test_a_drained_job_is_made_after_the_next_start(tmp_path: Path, prompt: str) -> None:
+def test_a_drained_job_is_made_after_the_next_start(
+    tmp_path: Path, prompt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "worldline.serve.outcomes")
+
     async def test() -> None:
         script = Script(steps=500, seconds=0.01)
         async with queue(tmp_path, script) as q:
@@ -699,6 +704,8 @@ def test_a_drained_job_is_made_after_the_next_start(tmp_path: Path, prompt: str)
             assert (await waiting).code == "shutting_down"
             one = q.store.get(first.id, None)
             assert (one.status, one.attempts) == ("queued", 0)
+            stops = [text for text in caplog.messages if "next start" in text]
+            assert [text.partition(":")[0] for text in stops] == [first.id] * (prompt != "deaf a")
         script.steps = 2
         async with queue(tmp_path, script) as q:
             for id in (first.id, second.id):

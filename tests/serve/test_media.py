@@ -132,8 +132,11 @@ def test_unreadable_media(case: str, tmp_path: Path) -> None:
 def test_pictures_of_many_pixels_are_named(tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(bomb(9000, 5000))
-    with pytest.raises(ApiError, match=r"9000 x 5000.*40 million"):
+    with pytest.raises(ApiError, match=r"9000 x 5000.*40 million") as caught:
         asyncio.run(probe(path, "image"))
+    width, height = map(int, caught.value.message.rpartition("at most ")[2].split(" x "))
+    assert 39_900_000 < width * height <= 40_000_000
+    assert width / height == pytest.approx(9000 / 5000, rel=1e-3)
 
 
 def test_a_child_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

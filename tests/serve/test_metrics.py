@@ -21,6 +21,7 @@ def samples(server: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], flo
     text = server.ask("GET", "/metrics").content.decode()
     assert "secret" not in text
     assert "video_" not in text
+    assert "_created" not in text
     families = list(text_string_to_metric_families(text))
     assert {family.name for family in families} >= {f"worldline_{name}" for name in NAMES}
     return {

@@ -73,3 +73,18 @@ def test_what_is_remembered_is_bounded() -> None:
         estimates.record(job(height=height), 1.0, {"text": 1.0})
     assert estimates.stages(job(height=0)) is None
     assert estimates.stages(job(height=1999)) == {"text": 1.0}
+
+
+def test_time_left_before_a_job_was_measured() -> None:
+    """Steps behind the first, of the main stage, count: that one warms up, as the stages before."""
+    progress = Progress(None, 0.0)
+    for kind, done, when in (("text", 0, 0.0), ("denoise", 0, 8.0), ("denoise", 1, 20.0)):
+        progress.step(kind, done, 10 if kind == "denoise" else 1, when)
+        assert progress.remaining(when) is None
+    for done in range(2, 11):
+        progress.step("denoise", done, 10, 19.0 + done)  # a second each
+        left = 10 - done + 10 * 6 / 90  # the rest, and decoding by its usual share
+        assert progress.remaining(19.0 + done) == pytest.approx(left)
+    progress.step("decode", 1, 2, 30.0)
+    assert progress.remaining(30.0) == pytest.approx(10 * 3 / 90)
+    assert progress.remaining(99.0) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from typing import Any
 
@@ -11,7 +12,7 @@ from worldline.serve.errors import ApiError
 from worldline.serve.forms import FormText, parse_json
 from worldline.serve.objects import model_object, video_object
 from worldline.serve.records import Facts, Job
-from worldline.serve.schema import choose_model, flattened, read_fields
+from worldline.serve.schema import as_written, choose_model, flattened, read_fields
 from worldline.serve.settings import AppSettings
 from worldline.serve.values import convert
 
@@ -197,4 +198,35 @@ def test_objects_of_clients() -> None:
     world = model_object("world", FACTS, 1.0, settings)["worldline"]
     assert world["limits"]["max_frames"] == 33
     assert world["sizes"] == ["192x128"]
+    one = {"default": "192x128", "multiple": None, "max_width": 192, "max_height": 128}
+    assert world["size"] == one
+    limits = {**FACTS.limits, "size_multiple": 16, "max_width": 1920, "max_height": 1088}
+    wide = model_object("world", Facts(**{**vars(FACTS), "limits": limits}), 1.0, settings)
+    assert wide["worldline"]["size"] == {
+        **one,
+        "multiple": 16,
+        "max_width": 1920,
+        "max_height": 1088,
+    }
     assert model_object("world", None, 1.0, settings)["worldline"] == {"state": "loading"}
+
+
+def test_errors_name_what_was_written() -> None:
+    limits = {"size_multiple": 16, "max_width": 1920, "max_height": 1088}
+    fields = {**FACTS.fields, "width": {}, "height": {}}
+    changed = {"fields": fields, "limits": {**FACTS.limits, **limits}}
+    facts = Facts(**{**vars(FACTS), **changed})
+    for values, param, written, numbers in (
+        ({"num_frames": 10}, "num_video_frames", "num_frames", "10"),
+        ({"steps": 3}, "num_steps", "steps", "3"),
+        ({"size": "1900x1080"}, "height", "size", "1904x1088"),
+        ({"size": "9000x4"}, "width", "size", "1920x16"),
+        ({"width": 100}, "width", "width", "100"),
+    ):
+        wanted = read_fields(values, facts)
+        with pytest.raises(ApiError) as caught, as_written(wanted, facts):
+            raise ApiError("invalid_value", f"{param} is {wanted.stated[param]}; no", param)
+        assert caught.value.param == written
+        assert re.match(rf"{written}\b", caught.value.message)
+        assert numbers in caught.value.message
+        assert param == written or param not in caught.value.message

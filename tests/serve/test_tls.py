@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worldline.serve.urls import fetch_url
 
 from worldline.serve.errors import ApiError
+from worldline.serve.urls import fetch_url
 
 HOST, OTHER, ADDRESS = "clips.example", "other.example", "93.184.216.34"
 BODY = bytes(range(256)) * 300

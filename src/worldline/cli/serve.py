@@ -390,6 +390,14 @@ async def run(
             for world in by_name
         }
         queue = Queue(store, workers, make_worker, settings)
+        names = ", ".join(by_name)
+
+        def announce(event: str, _: Mapping[str, Any]) -> None:
+            if event == "loaded" and all(map(queue.facts, by_name)):
+                queue.observers.remove(announce)
+                results.add(f"ready: {names}")
+
+        queue.observers.append(announce)
         app = make_app(queue, store, flags, access)
         server = make_server(app, _GRACE_S)
         port = listener.getsockname()[1]
@@ -398,7 +406,7 @@ async def run(
         if flags.workers == "ray":
             Autoscaler(queue, flags).start()
         follow_signals(queue, server, flags.drain_s)
-        results.add(f"serving {', '.join(by_name)} at http://{host}:{port} (page and API)")
+        results.add(f"loading {names}; page and API: http://{host}:{port}")
         await server.serve([listener])
         await queue.drain(0)  # where no signal ended the server
     finally:

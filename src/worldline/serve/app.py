@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from worldline.errors import brief
 from worldline.serve.answers import Json
@@ -102,8 +103,14 @@ async def _as_api_error(request: Request, error: Exception) -> NoReturn:
     assert isinstance(error, HTTPException)
     path = brief(request.url.path)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"{request.method[:20]} {path}: use {allowed or 'another method'}"
+        routes = [
+            route
+            for route in request.app.routes
+            if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        ]
+        same = [route for route in routes if route.path == routes[0].path]
+        allowed = sorted(set().union(*(route.methods or () for route in same)) - {"HEAD"})
+        message = f"{request.method[:20]} {path}: use {' or '.join(allowed) or 'another method'}"
         raise ApiError("method_not_allowed", message)
     if error.status_code == 404:
         slash = "; leave the last / out" if request.url.path.rstrip("/") != request.url.path else ""

@@ -24,7 +24,7 @@ from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.forms import Body, FormText, Upload, parse_json, read_body
 from worldline.serve.jobs import Queue
 from worldline.serve.records import INPUT, Facts, Job, MediaKind, new_id
-from worldline.serve.schema import choose_model, flattened, read_fields
+from worldline.serve.schema import as_written, choose_model, flattened, read_fields
 from worldline.serve.settings import AppSettings
 from worldline.serve.store import Store
 from worldline.serve.urls import data_url, fetch_url
@@ -100,7 +100,8 @@ class Intake:
         values = flattened(body.values)
         model = choose_model(values.get("model"), self.queue.worlds)
         _refuse_files(body, values)
-        wanted = read_fields(values, self.facts(model))
+        facts = self.facts(model)
+        wanted = read_fields(values, facts)
         stated = {**(base or {}), **wanted.stated}
         async with self._taken(body.uploads.get(INPUT, wanted.reference), owner) as source:
             digest = _digest(request.url.path, body, source)
@@ -108,14 +109,15 @@ class Intake:
                 return earlier
             stated.setdefault("seed", secrets.randbelow(1 << 32))
             stated["seed"] = (stated["seed"] + number) % (1 << 32)
-            return await self._submit(
-                *(model, stated, source),
-                owner=owner,
-                parent_id=parent,
-                idempotency_key=key,
-                body_sha256=digest if key else None,
-                metadata=wanted.metadata,
-            )
+            with as_written(wanted, facts):
+                return await self._submit(
+                    *(model, stated, source),
+                    owner=owner,
+                    parent_id=parent,
+                    idempotency_key=key,
+                    body_sha256=digest if key else None,
+                    metadata=wanted.metadata,
+                )
 
     async def again(self, parent: Job, prompt: str, request: Request) -> Job:
         """A job with the input, the settings and the seed of another, and another prompt."""
@@ -281,6 +283,8 @@ def find_job(store: Store, id: Any, owner: str, param: str = "video_id") -> Job:
     try:
         return store.get(str(id), owner)
     except ApiError as error:
+        if error.code == "video_not_found":
+            error.message = f"no video has the id {brief(id)}"
         error.param = param
         raise
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import resource
 import sys
@@ -79,7 +80,8 @@ def sniff(head: bytes) -> tuple[MediaKind, str]:
 
 def unreadable(problem: str) -> ApiError:
     """The error of an input that is no picture or video."""
-    return ApiError("unreadable_media", f"{INPUT}: {problem}; {_FORMATS}", INPUT)
+    advice = "" if "; " in problem else f"; {_FORMATS}"
+    return ApiError("unreadable_media", f"{INPUT}: {problem}{advice}", INPUT)
 
 
 async def probe(path: str | Path, kind: MediaKind) -> dict[str, Any]:
@@ -140,7 +142,11 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
                 return {"error": problem}
         info = read_measurements(path)
     except InputError as error:
-        return {"error": printable(str(error).replace(f"{path}: ", "").replace(str(path), "it"))}
+        problem = printable(str(error).replace(f"{path}: ", "").replace(str(path), "it"))
+        if kind == "video" and "truncated" in problem:  # its first bytes are those of a video
+            reason = problem.rpartition(": ")[2]
+            problem = f"the video is damaged or cut short ({reason}); send the whole file"
+        return {"error": problem}
     except MemoryError:
         return {"error": "it cannot be decoded with 1 GB of memory"}
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
@@ -155,7 +161,10 @@ def measure(path: Path, kind: MediaKind) -> dict[str, Any]:
 def _too_large(width: int, height: int) -> str:
     if width * height <= MAX_PIXELS:
         return ""
-    return f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:.0f} million"
+    scale = math.sqrt(MAX_PIXELS / (width * height))
+    most = f"{max(1, int(width * scale))} x {max(1, int(height * scale))}"
+    pixels = f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:.0f} million"
+    return f"{pixels}; scale it down to at most {most}"
 
 
 def _confine() -> None:

@@ -8,14 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from worldline.serve.jobs import Queue
 from worldline.serve.store import Store
 
-SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
+SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # of a job
+STAGE_SECONDS = (0.5, 2, 10, 30, 60, 120, 300, 600)
+STEP_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _STATUSES = ("queued", "in_progress", "completed", "failed", "cancelled")
 
@@ -24,6 +33,7 @@ class Metrics:
     """What a server counts and measures."""
 
     def __init__(self, queue: Queue, store: Store, version: str) -> None:
+        disable_created_metrics()  # gauges of when each series began, as many as there are series
         self.registry = registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -40,8 +50,12 @@ class Metrics:
         self.restarts = counter("worker_restarts", "Workers that were replaced.", "worker")
         self.queue_seconds = histogram("queue_seconds", "From created to begun.", "world")
         self.job_seconds = histogram("job_seconds", "From begun to completed.", "world")
-        self.stage_seconds = histogram("stage_seconds", "Stages of videos.", "world", "stage")
-        self.step_seconds = histogram("step_seconds", "Between two steps.", "world", "stage")
+        self.stage_seconds = histogram(
+            "stage_seconds", "Stages of videos.", "world", "stage", buckets=STAGE_SECONDS
+        )
+        self.step_seconds = histogram(
+            "step_seconds", "Between two steps.", "world", "stage", buckets=STEP_SECONDS
+        )
         self.cancel_seconds = histogram("cancel_seconds", "From a cancel to the end of the job.")
         self.batch_size = histogram(
             "batch_size", "Videos that are made together.", "world", buckets=SIZES

@@ -84,6 +84,12 @@ def model_object(
             "family": facts.family,
             "inputs": list(facts.inputs),
             "sizes": [f"{w}x{h}" for w, h in limits.get("sizes") or [size]],
+            "size": {
+                "default": f"{size[0]}x{size[1]}",
+                "multiple": limits.get("size_multiple"),  # None: one of `sizes` alone
+                "max_width": limits.get("max_width", size[0]),
+                "max_height": limits.get("max_height", size[1]),
+            },
             "frames": {
                 "default": defaults.get("num_frames", defaults.get("num_video_frames")),
                 "multiple": limits.get("frames_multiple", 1),

@@ -199,6 +199,7 @@ class Outcomes:
             await self.fail(entry, "timeout", "The video took longer than a job may take.")
         elif entry.wish == "drain":
             await self.requeue(entry)
+            logger.info("%s: stopped; it is among the first at the next start", entry.id)
         else:
             await self.fail(entry, "internal_error", "The worker stopped without a reason.")
 

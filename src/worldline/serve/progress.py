@@ -30,6 +30,8 @@ class Progress:
         self._began = self._since = now
         self._done: dict[str, float] = {}
         self._last = ("", 0, 0)
+        self._first: tuple[str, float, float] | None = None  # kind, share and time of a main step
+        self._pace: float | None = None  # seconds of the whole main stage, by its later steps
 
     def step(self, kind: str, done: int, total: int, now: float) -> tuple[str, float]:
         """Take a step into account; the kind that the time since the last one belongs to."""
@@ -46,19 +48,27 @@ class Progress:
             self._done.setdefault(earlier, 1.0)  # a job without input has nothing to encode
         self._done[kind] = min(1.0, done / total) if total > 0 else 0.0
         self._last, self._since = (kind, done, total), now
+        if kind in ("tokens", "denoise") and done > 0 and total > 0:
+            self._first = self._first or (kind, done / total, now)
+            first, share, when = self._first
+            if kind == first and done / total > share:  # the first step warms up, and counts not
+                self._pace = (now - when) / (done / total - share)
         self.percent = max(self.percent, min(99, int(100 * self._fraction())))
         return spent, seconds
 
     def remaining(self, now: float) -> float | None:
-        """Seconds until it is done; None where nothing was measured yet."""
-        elapsed, fraction = now - self._began, self._fraction()
+        """Seconds until it is done; None before two steps of its main stage, or a known job."""
+        fraction = self._fraction()
         if self._known:
             whole = sum(self._known.values())
             planned = whole * fraction
             # a machine that is slower today is so for the rest, too
             pace = min(4.0, max(0.25, (self._since - self._began) / planned)) if planned > 1 else 1
             return max(0.0, (whole - planned) * pace - (now - self._since))
-        return elapsed * (1 - fraction) / fraction if fraction > 0.02 else None
+        if self._pace is None:
+            return None
+        left = (1 - fraction) * 100 / DEFAULT["denoise"] * self._pace
+        return max(0.0, left - (now - self._since))
 
     def _fraction(self) -> float:
         if not self._known:

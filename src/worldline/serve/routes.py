@@ -113,6 +113,9 @@ class Videos:
             raise ApiError("expired", "the video has expired; make it again", "video_id")
         refuse_unless_completed(job)
         folder = self.store.folder(job.id)
+        if variant == "lossless" and not job.request.get("lossless"):
+            message = "the video was made without lossless=true; make it again with that"
+            raise ApiError("video_not_found", message, "variant")
         if variant == "spritesheet":
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(spritesheet, folder)

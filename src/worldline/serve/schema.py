@@ -6,7 +6,8 @@ A field is what the world's own schema makes of it: the server has no defaults.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,12 @@ class Wanted:
 
     Attributes:
         stated: fields of the world's request.
+        names: of those fields, as they were written.
         reference: the input, as it was written; None without.
     """
 
     stated: Mapping[str, Any]
+    names: Mapping[str, str]
     reference: Any
     metadata: Mapping[str, str] | None
 
@@ -148,7 +151,40 @@ def read_fields(values: Mapping[str, Any], facts: Facts) -> Wanted:
     if "preview_every" not in facts.fields and stated.pop("preview_every", 0):
         raise _unknown("preview_every", facts)
     reference = values.get("input_reference")
-    return Wanted(stated, reference, read_metadata(values.get("metadata")))
+    return Wanted(stated, names, reference, read_metadata(values.get("metadata")))
+
+
+@contextmanager
+def as_written(wanted: Wanted, facts: Facts) -> Iterator[None]:
+    """Name fields in errors as the client wrote them, and propose a whole size for a size."""
+    try:
+        yield
+    except ApiError as error:
+        written = wanted.names.get(error.param or "", error.param)
+        if written == "size" and error.param != written:
+            error.message = _size_advice(wanted.stated, facts) or f"size: {error.message}"
+        elif written and error.param:
+            error.message = re.sub(rf"\b{error.param}\b", written, error.message)
+        error.param = written
+        raise
+
+
+def _size_advice(stated: Mapping[str, Any], facts: Facts) -> str | None:
+    """What is wrong with a size, and the nearest one; None where its sides are not why."""
+    multiple, nearest = facts.limits.get("size_multiple"), []
+    if multiple is None:
+        return None
+    for name in ("width", "height"):
+        most = facts.limits.get(f"max_{name}") or stated[name]
+        nearest.append(min(most, max(multiple, round(stated[name] / multiple) * multiple)))
+    size, close = f"{stated['width']}x{stated['height']}", "{}x{}".format(*nearest)
+    if size == close:
+        return None
+    bounds = "x".join(str(facts.limits.get(f"max_{name}")) for name in ("width", "height"))
+    return (
+        f"size is {size}; its sides must be multiples of {multiple}, at most {bounds}: "
+        f"the nearest is {close}"
+    )
 
 
 def _unknown(name: str, facts: Facts) -> ApiError:
@@ -168,7 +204,7 @@ def _unknown(name: str, facts: Facts) -> ApiError:
     return ApiError("unknown_parameter", message, name[:80])
 
 
-def _read_size(stated: dict[str, Any], names: Mapping[str, str], facts: Facts) -> None:
+def _read_size(stated: dict[str, Any], names: dict[str, str], facts: Facts) -> None:
     """Replace `size` by `width` and `height`; drop both where the world has one size alone."""
     if (size := stated.pop("size", None)) is not None:
         match = _SIZE.fullmatch(size)
@@ -180,12 +216,13 @@ def _read_size(stated: dict[str, Any], names: Mapping[str, str], facts: Facts) -
                 message = f"size is {size}, but {name} {stated[name]}; give one"
                 raise ApiError("conflicting_parameters", message, name)
             convert("size", value, facts.fields.get(name) or _SIDE)
+            names.setdefault(name, "size")
     for name in ("width", "height"):
         if name in stated and name not in facts.fields:
             default = facts.defaults.get(name)
             if stated.pop(name) != default:
                 only = f"{facts.defaults.get('width')}x{facts.defaults.get('height')}"
-                param = name if name in names else "size"
+                param = names[name]
                 raise ApiError("invalid_value", f"{param}: {facts.name} makes {only} alone", param)
 
 

@@ -89,7 +89,7 @@ class Gate:
             if response := self._preflight(method, headers):
                 await response(scope, receive, answer)
                 return
-            state["owner"] = self._admit(scope["path"], headers)
+            state["owner"] = self._admit(method, scope["path"], headers)
             await self.app(scope, receive, answer)
         except ApiError as error:
             await refuse(error)
@@ -109,7 +109,7 @@ class Gate:
             line = "%s %s %d %.3f s"
             logger.info(line, id, name, status, seconds, extra={"repeats": True})
 
-    def _admit(self, path: str, headers: Headers) -> str:
+    def _admit(self, method: str, path: str, headers: Headers) -> str:
         """Owner of what a request makes.
 
         Raises:
@@ -124,7 +124,9 @@ class Gate:
         if not is_health and not self._is_own_host(host):
             message = f"Host {brief(host)} is not this server's; --allowed_host adds one"
             raise ApiError("host_refused", message)
-        origins = headers.getlist("origin")
+        # a browser names the origin of a page's own modules, too; its files are no secret
+        is_page = method in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
+        origins = [] if is_page else headers.getlist("origin")
         if any(not self._is_allowed(origin, host) for origin in origins):
             message = f"Origin {brief(origins[0])} may not use this server; --cors_origin adds one"
             raise ApiError("origin_refused", message)
