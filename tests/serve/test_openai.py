@@ -150,6 +150,10 @@ def test_remix_and_extension(client: openai.OpenAI) -> None:
     longer: Any = client.post("/videos/extensions", body=body, cast_to=openai.types.Video)
     assert longer.remixed_from_video_id == first.id
     assert client.videos.poll(longer.id).status == "completed"
+    del body["prompt"]  # that of the first goes on
+    same: Any = client.post("/videos/extensions", body=body, cast_to=openai.types.Video)
+    assert same.prompt == first.prompt
+    assert client.videos.poll(same.id).status == "completed"
 
 
 def test_wrong_requests(client: openai.OpenAI) -> None:

@@ -101,7 +101,7 @@ class Intake:
         model = choose_model(values.get("model"), self.queue.worlds)
         _refuse_files(body, values)
         facts = self.facts(model)
-        wanted = read_fields(values, facts)
+        wanted = read_fields(values, facts, base or ())
         stated = {**(base or {}), **wanted.stated}
         async with self._taken(body.uploads.get(INPUT, wanted.reference), owner) as source:
             digest = _digest(request.url.path, body, source)

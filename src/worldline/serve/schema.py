@@ -6,7 +6,7 @@ A field is what the world's own schema makes of it: the server has no defaults.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,8 +113,13 @@ def choose_model(model: Any, worlds: Sequence[str]) -> str:
     return str(model)
 
 
-def read_fields(values: Mapping[str, Any], facts: Facts) -> Wanted:
+def read_fields(values: Mapping[str, Any], facts: Facts, kept: Collection[str] = ()) -> Wanted:
     """A wanted video from flattened fields.
+
+    Args:
+        values: fields.
+        facts: about the world.
+        kept: names of fields that need not be stated, for they are those of another video.
 
     Raises:
         ApiError: what is wrong with the first wrong field.
@@ -146,7 +151,8 @@ def read_fields(values: Mapping[str, Any], facts: Facts) -> Wanted:
         stated.pop(name, None)
     _read_size(stated, names, facts)
     _read_length(stated, names, facts)
-    if "prompt" in stated or facts.limits.get("prompt") == "required":
+    needed = facts.limits.get("prompt") == "required" and "prompt" not in kept
+    if needed or "prompt" in stated:
         check_prompt(stated.get("prompt"))
     if "preview_every" not in facts.fields and stated.pop("preview_every", 0):
         raise _unknown("preview_every", facts)
