@@ -23,9 +23,10 @@ STREAMED = ("DiT", "FlowDiT", "T5Encoder", "Reason1Encoder")  # the others move 
 
 
 def streamed(module: nn.Module, plan: BlockPlan) -> Offloadable[Any]:
-    """A module whose blocks are copied one after another, from a CPU to itself."""
+    """A module whose blocks are copied one after another, from a CPU to itself, without room."""
     part = Offloadable(module, "cpu", offload=True, blocks=plan)
     part.offload = True
+    part._has_room = lambda: False  # type: ignore[method-assign]
     return part
 
 

@@ -576,10 +576,10 @@ def test_offloaded_networks_visit_the_device(
     visits: list[str] = []
     on_device = Offloadable.on_device
 
-    def watched(part: Offloadable[Any]) -> Any:
+    def watched(part: Offloadable[Any], tokens: int | None = None) -> Any:
         networks = part.module if isinstance(part.module, nn.ModuleList) else [part.module]
         visits.extend(type(network).__name__ for network in networks)
-        return on_device(part)
+        return on_device(part, tokens)
 
     monkeypatch.setattr(Offloadable, "on_device", watched)
     world.generate(prompt=PROMPT, num_steps=1)
