@@ -22,9 +22,7 @@ from prometheus_client.registry import Collector
 from worldline.serve.jobs import Queue
 from worldline.serve.store import Store
 
-SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)  # of a job
-STAGE_SECONDS = (0.5, 2, 10, 30, 60, 120, 300, 600)
-STEP_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30)
+SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _STATUSES = ("queued", "in_progress", "completed", "failed", "cancelled")
 
@@ -50,12 +48,8 @@ class Metrics:
         self.restarts = counter("worker_restarts", "Workers that were replaced.", "worker")
         self.queue_seconds = histogram("queue_seconds", "From created to begun.", "world")
         self.job_seconds = histogram("job_seconds", "From begun to completed.", "world")
-        self.stage_seconds = histogram(
-            "stage_seconds", "Stages of videos.", "world", "stage", buckets=STAGE_SECONDS
-        )
-        self.step_seconds = histogram(
-            "step_seconds", "Between two steps.", "world", "stage", buckets=STEP_SECONDS
-        )
+        self.stage_seconds = histogram("stage_seconds", "Stages of videos.", "world", "stage")
+        self.step_seconds = histogram("step_seconds", "Between two steps.", "world", "stage")
         self.cancel_seconds = histogram("cancel_seconds", "From a cancel to the end of the job.")
         self.batch_size = histogram(
             "batch_size", "Videos that are made together.", "world", buckets=SIZES
