@@ -320,8 +320,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     database = sqlite3.connect(newer / "jobs.sqlite3")
     database.execute("PRAGMA user_version = 2")
     database.close()
-    with pytest.raises(InputError, match="version 2"):
+    with pytest.raises(InputError, match="version 2") as refusal:
         Store(newer)
+    assert str(refusal.value).count("jobs.sqlite3") == 1  # it is not damaged, too
 
 
 MOUNTS = r"""

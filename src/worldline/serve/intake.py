@@ -283,8 +283,6 @@ def find_job(store: Store, id: Any, owner: str, param: str = "video_id") -> Job:
     try:
         return store.get(str(id), owner)
     except ApiError as error:
-        if error.code == "video_not_found":
-            error.message = f"no video has the id {brief(id)}"
         error.param = param
         raise
 

@@ -48,7 +48,7 @@ def damage_named(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (sqlite3.Error, ValueError) as error:
+    except (sqlite3.Error, json.JSONDecodeError) as error:
         raise InputError(
             f"{path}: it cannot be read as a database: {error}; restore it, or give another folder"
         ) from error
@@ -67,13 +67,12 @@ class Rows:
         """Open a file, which is made if need be.
 
         Raises:
-            InputError: it is damaged, or of another release, or its file system cannot hold it.
+            InputError: it is of another release, or its file system cannot hold it.
+            sqlite3.Error: it is damaged; so may the first look find it.
         """
         self.path = path
         self.writing, self._reading = threading.RLock(), threading.RLock()
-        with damage_named(path):
-            self._writer, self._reader = self._opened(), self._connect()
-            self.counts()
+        self._writer, self._reader = self._opened(), self._connect()
 
     def close(self) -> None:
         with self.writing, self._reading:

@@ -169,7 +169,7 @@ def as_written(wanted: Wanted, facts: Facts) -> Iterator[None]:
         written = wanted.names.get(error.param or "", error.param)
         if written == "size" and error.param != written:
             error.message = _size_advice(wanted.stated, facts) or f"size: {error.message}"
-        elif written and error.param:
+        elif written and error.param != written:
             error.message = re.sub(rf"\b{error.param}\b", written, error.message)
         error.param = written
         raise

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from worldline.errors import InputError, strerror
+from worldline.errors import InputError, brief, strerror
 from worldline.files import digest, remove
 from worldline.serve.errors import ApiError, unwritable
 from worldline.serve.folder import check_local, locked, synchronise
@@ -69,12 +69,13 @@ class Store:
         self._dirty: set[str] = set()
         self.used_bytes = 0
         try:
-            self.rows = Rows(self.path / "jobs.sqlite3")
-            synchronise(self.path)
-            with damage_named(self.rows.path):
+            database = self.path / "jobs.sqlite3"
+            with damage_named(database):
+                self.rows = Rows(database)
                 live = self.rows.select("status IN ('queued', 'in_progress')")
+                self._counts = self.rows.counts()
+            synchronise(self.path)
             self._live = {job.id: job for job in live}
-            self._counts = self.rows.counts()
         except BaseException:
             os.close(self._lock)
             raise
@@ -97,7 +98,7 @@ class Store:
         """
         job = self._live.get(id) or next(iter(self.rows.select("id = ?", id)), None)
         if job is None or owner not in (None, job.owner):
-            raise ApiError("video_not_found", f"There is no video with the id {id!r:.60}.", "id")
+            raise ApiError("video_not_found", f"no video has the id {brief(id)}", "id")
         return job
 
     def find(self, owner: str, key: str | None, body_sha256: str | None) -> Job | None:
